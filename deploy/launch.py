@@ -1,0 +1,360 @@
+"""Starts the server and the workers, watches them, and brings the results home.
+
+The only module that knows both ``ps`` and ``workers``.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+import torch
+from torch import Tensor
+
+from deploy.display import Display
+from deploy.report import write_report
+from deploy.rundir import RunDirectory, load_model
+from deploy.settings import RunSettings, validate
+from protocol.errors import CarryoverError, RunFailed, SettingsError
+from ps.actor import ServerActor
+from ps.inline import InlineServer, InlineTransport
+from ps.metrics import Endpoint
+from ps.server import Plan, Server
+from workers.actor import WorkerActor
+from workers.runner import Outcome, Train, run
+from workers.session import WorkerPlan
+
+POLL = 0.2  # seconds between looks at a run
+GRACE = 30.0  # seconds for a stopped run to finish its round
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has left: its directory and its summary."""
+
+    path: Path
+    summary: dict[str, Any]
+
+    def load_model(self) -> dict[str, Tensor]:
+        """The trained model, for ``load_state_dict``."""
+        return load_model(self.path)
+
+
+class Backend(Protocol):
+    """One way of running the same state machines."""
+
+    def poll(self) -> tuple[Rows, list[Outcome]]:
+        """Wait a moment; the new rows, and the workers that have ended since."""
+
+    def stop(self) -> None:
+        """Let the run end with its next entry."""
+
+    def summary(self) -> dict[str, Any]:
+        """What the server knows."""
+
+    def close(self) -> None:
+        """Leave nothing running."""
+
+
+def plans(settings: RunSettings) -> tuple[Plan, list[WorkerPlan]]:
+    """What the server and each worker need to know."""
+    ids = tuple(range(settings.workers.count))
+    every = settings.metrics.sketch_every
+    common = {"seed": settings.seed, "send": settings.send, "overrides": settings.overrides, "sketch_every": every}
+    server = Plan(settings.rounds, ids, downlink=settings.downlink, server=settings.server, **common)  # type: ignore[arg-type]
+    workers = [
+        WorkerPlan(
+            worker,
+            founder=worker == 0,
+            uplink=settings.uplink,
+            feedback=settings.feedback,
+            local_steps=settings.workers.local_steps,
+            accumulate=settings.workers.accumulate,
+            **common,  # type: ignore[arg-type]
+        )
+        for worker in ids
+    ]
+    return server, workers
+
+
+class InlineBackend:
+    """Everything in this process: one thread a worker, one running at a time."""
+
+    def __init__(self, settings: RunSettings, train: Train) -> None:
+        plan, workers = plans(settings)
+        self._server = Server(plan, time.monotonic)
+        self._endpoint = Endpoint(self._server.vitals, settings.metrics) if settings.metrics.port is not None else None
+        self._shell = InlineServer(self._server, plan.workers)
+        self._ended: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._cpus, self._train, self._seen = settings.workers.cpus, train, 0
+        self._threads = [threading.Thread(target=self._work, args=(w,), daemon=True) for w in workers]
+        for thread in self._threads:
+            thread.start()
+        self._shell.begin()
+
+    def _work(self, plan: WorkerPlan) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self._shell.enter(plan.worker)
+            transport = InlineTransport(self._shell, plan.worker)
+            outcome = run(self._train, plan, transport, self._cpus, device)
+        except CarryoverError as error:
+            outcome = Outcome(plan.worker, error=str(error), stopped=True)
+        self._shell.exit(plan.worker)
+        self._ended.put(outcome)
+
+    def poll(self) -> tuple[Rows, list[Outcome]]:
+        """See ``Backend``."""
+        try:
+            ended = [self._ended.get(timeout=POLL)]
+        except queue.Empty:
+            ended = []
+        with self._server.vitals.lock:
+            rows = self._server.vitals.rows_since(self._seen)
+        self._seen = rows[-1]["version"] if rows else self._seen
+        return rows, ended
+
+    def stop(self) -> None:
+        """See ``Backend``."""
+        self._shell.stop()
+
+    def summary(self) -> dict[str, Any]:
+        """See ``Backend``."""
+        return self._server.vitals.summary()
+
+    def close(self) -> None:
+        """See ``Backend``."""
+        self._shell.cancel()
+        for thread in self._threads:
+            thread.join(GRACE)
+        if self._endpoint:
+            self._endpoint.close()
+
+
+class RayBackend:
+    """A server actor and one actor a worker, on a cluster or on a Ray of the run's own."""
+
+    def __init__(self, settings: RunSettings, train: Train | str, address: str | None) -> None:
+        plan, workers = plans(settings)
+        cpus, gpus = settings.workers.cpus, settings.workers.gpus
+        if address is None and not ray.is_initialized():
+            self._own = True
+            total = settings.workers.count * cpus + 1
+            gpu_count = settings.workers.count * gpus or None
+            ray.init(num_cpus=total, num_gpus=gpu_count, include_dashboard=False, _node_ip_address="127.0.0.1")
+        else:
+            self._own = not ray.is_initialized()
+            ray.init(address=address, ignore_reinit_error=True)
+        self._actors: list[Any] = []
+        self._runs: dict[Any, int] = {}
+        self._seen = 0
+        try:
+            self._start(settings, plan, workers, train)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, settings: RunSettings, plan: Plan, workers: list[WorkerPlan], train: Train | str) -> None:
+        concurrency = 4 * settings.workers.count + 16
+        server_class = ray.remote(num_cpus=1, max_restarts=0, max_concurrency=concurrency)(ServerActor)
+        self._server = server_class.remote(plan, settings.metrics)
+        self._actors.append(self._server)
+        _get(self._server.metrics_port.remote())
+        worker_class = ray.remote(num_cpus=settings.workers.cpus, num_gpus=settings.workers.gpus)(WorkerActor)
+        for worker in workers:
+            actor = worker_class.remote(worker, self._server, settings.workers.cpus, os.getcwd())
+            self._actors.append(actor)
+            self._runs[actor.run.remote(train)] = worker.worker
+
+    def poll(self) -> tuple[Rows, list[Outcome]]:
+        """See ``Backend``."""
+        ready, _ = ray.wait(list(self._runs), num_returns=1, timeout=POLL)
+        ended = [self._outcome(reference) for reference in ready]
+        rows: Rows = _get(self._server.watch.remote(self._seen))
+        self._seen = rows[-1]["version"] if rows else self._seen
+        return rows, ended
+
+    def _outcome(self, reference: Any) -> Outcome:
+        worker = self._runs.pop(reference)
+        try:
+            outcome: Outcome = _get(reference)
+            return outcome
+        except CarryoverError as error:
+            return Outcome(worker, error=str(error))
+        except ray.exceptions.RayError as error:
+            text = str(error).strip().splitlines()[0]
+            return Outcome(worker, error=f"worker {worker} died: {text}")
+
+    def stop(self) -> None:
+        """See ``Backend``."""
+        _get(self._server.stop.remote())
+
+    def summary(self) -> dict[str, Any]:
+        """See ``Backend``."""
+        summary: dict[str, Any] = _get(self._server.summary.remote())
+        return summary
+
+    def close(self) -> None:
+        """See ``Backend``."""
+        for actor in self._actors:
+            ray.kill(actor)
+        if self._own:
+            ray.shutdown()
+
+
+def _get(reference: Any) -> Any:
+    """``ray.get``, with our own errors as they were raised."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, CarryoverError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.ActorDiedError as error:  # a constructor that raised: our error is inside the text
+        raise _unwrap(error) from None
+
+
+def _unwrap(error: Exception) -> Exception:
+    for line in reversed(str(error).splitlines()):
+        name, _, text = line.strip().partition(": ")
+        if name.rpartition(".")[2] == "SettingsError":
+            return SettingsError(text)
+    return RunFailed(f"a process of the run died: {str(error).strip().splitlines()[0]}")
+
+
+def launch(
+    train: Train | str,
+    settings: Mapping[str, Any] | RunSettings,
+    address: str | None = None,
+    observe: Callable[[Mapping[str, Any]], None] | None = None,
+) -> Result:
+    """Run a training function to its end.
+
+    Args:
+        train: the function, or ``MODULE:FUNCTION``.
+        settings: as in a settings file; ``train`` may be left out.
+        address: of a Ray cluster; by default a Ray of the run's own on this machine.
+        observe: called with every row of ``metrics.jsonl``; by default a display on standard output.
+
+    Raises:
+        SettingsError: a setting is not valid.
+        RunFailed: a worker failed or died. What was done until then is in the run directory.
+        KeyboardInterrupt: after a clean stop; the model of the last round is saved.
+    """
+    if not isinstance(settings, RunSettings):
+        named = train if isinstance(train, str) else f"{train.__module__.replace('__', '')}:{train.__name__}"
+        settings = validate({"train": named, **settings})
+    directory = RunDirectory(settings)
+    with Display(settings.rounds, settings.name) as display:
+        run = _Run(settings, directory, observe or display.update, display.message)
+        summary = run.run(train, address)
+        write_report([directory.path])
+        display.finish(summary, directory.path)
+    if run.failure is not None:
+        raise run.failure
+    return Result(directory.path, summary)
+
+
+class _Run:
+    """One run from start to summary."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        directory: RunDirectory,
+        observe: Callable[[Mapping[str, Any]], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.settings = settings
+        self.directory = directory
+        self.failure: BaseException | None = None
+        self._observe = observe
+        self._say = say
+        self._outcomes: list[Outcome] = []
+
+    def run(self, train: Train | str, address: str | None) -> dict[str, Any]:
+        """Train; the summary, whatever happened."""
+        begun = time.monotonic()
+        known: dict[str, Any] = {}
+        try:
+            backend = self._backend(train, address)
+            try:
+                self._watch(backend)
+                known = backend.summary()
+            finally:
+                backend.close()
+        except (CarryoverError, KeyboardInterrupt) as error:
+            self.failure = self.failure or error
+        return self._summary(known, time.monotonic() - begun)
+
+    def _backend(self, train: Train | str, address: str | None) -> Backend:
+        if self.settings.backend == "inline":
+            from deploy.importing import function
+
+            return InlineBackend(self.settings, function(train) if isinstance(train, str) else train)
+        return RayBackend(self.settings, train, address)
+
+    def _watch(self, backend: Backend) -> None:
+        left = self.settings.workers.count
+        deadline: float | None = None
+        while left and (deadline is None or time.monotonic() < deadline):
+            try:
+                rows, ended = backend.poll()
+            except KeyboardInterrupt as interrupt:
+                if deadline is not None:
+                    raise
+                self.failure = interrupt
+                self._say("stopping after this round; press Ctrl-C again to stop at once")
+                deadline = time.monotonic() + GRACE
+                backend.stop()
+                continue
+            self.directory.add(rows)
+            for row in rows:
+                self._observe(row)
+            left -= len(ended)
+            self._outcomes += ended
+            failed = [o for o in ended if o.error is not None and not o.stopped]
+            if failed and self.failure is None:
+                self.failure = _failure(failed[0])
+                return
+
+    def _summary(self, known: dict[str, Any], seconds: float) -> dict[str, Any]:
+        good = [o for o in self._outcomes if o.error is None]
+        prints = {o.fingerprint for o in good}
+        if len(prints) > 1 and self.failure is None:
+            self.failure = RunFailed(f"the workers' replicas differ at the end: {', '.join(sorted(prints))}")
+        for outcome in good:
+            if outcome.model is not None:
+                self.directory.save_model(outcome.model)
+        names = sorted({name for o in good for name in o.reported})
+        last = {}
+        for name in names:
+            values = [o.reported[name] for o in good if name in o.reported]
+            last[name] = sum(values) / len(values)
+        interrupted = isinstance(self.failure, KeyboardInterrupt)
+        summary = {
+            "status": "interrupted" if interrupted else "failed" if self.failure else "finished",
+            "rounds": 0,
+            "workers": self.settings.workers.count,
+            "seconds": round(seconds, 3),
+            **known,
+            "fingerprint": min(prints, default=""),
+            "reported": {**known.get("reported", {}), **last},
+        }
+        self.directory.finish(summary)
+        return summary
+
+
+def _failure(outcome: Outcome) -> RunFailed:
+    failure = RunFailed(outcome.error or "")
+    failure.add_note(outcome.traceback)
+    return failure

@@ -1,0 +1,73 @@
+"""The run directory: what a run leaves behind, written while it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.torch
+from torch import Tensor
+
+from deploy.settings import RunSettings, resolved
+from protocol.errors import SettingsError
+
+CONFIG, METRICS, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "summary.json", "model.safetensors"
+
+
+class RunDirectory:
+    """``DIR/NAME``, always the latest run of that name; an earlier one moves to ``NAME.1``, ``NAME.2`` ...
+
+    Raises:
+        SettingsError: the directory cannot be written.
+    """
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.path = settings.storage.dir / settings.name
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                self.path.rename(_free(self.path))
+            self.path.mkdir()
+            (self.path / CONFIG).write_text(resolved(settings))
+            self._metrics: TextIO = (self.path / METRICS).open("w")
+        except OSError as error:
+            raise SettingsError(f"storage.dir {settings.storage.dir} cannot be written: {error.strerror}") from None
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append one line a round."""
+        for row in rows:
+            self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+
+    def save_model(self, data: npt.NDArray[np.uint8]) -> None:
+        """Write the model, whole or not at all."""
+        _replace(self.path / MODEL, data.tobytes())
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary and close the metrics."""
+        self._metrics.close()
+        _replace(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def load_model(path: Path) -> dict[str, Tensor]:
+    """The trained model in a run directory, for ``load_state_dict``."""
+    return safetensors.torch.load_file(path / MODEL)
+
+
+def _free(path: Path) -> Path:
+    numbers = (int(p.suffix[1:]) for p in path.parent.glob(f"{path.name}.*") if p.suffix[1:].isdigit())
+    return path.with_name(f"{path.name}.{max(numbers, default=0) + 1}")
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

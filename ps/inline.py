@@ -1,0 +1,101 @@
+"""The server inside the process of its workers: the same state machine and frames, no Ray.
+
+Each worker runs on a thread of its own, but only one runs at any time: it keeps the baton until it
+waits for an answer. So the order of events, and everything that depends on global random state, is
+fixed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.errors import RunStopped
+from ps.server import Answer, Server
+
+U8 = npt.NDArray[np.uint8]
+
+
+class InlineServer:
+    """Delivers frames to a server and passes the baton between the workers' threads."""
+
+    def __init__(self, server: Server, workers: tuple[int, ...]) -> None:
+        self._server = server
+        self._ready = deque(workers)
+        self._turn = {worker: threading.Event() for worker in workers}
+        self._owners: dict[int, int] = {}  # ticket -> worker
+        self._answers: dict[int, tuple[U8, ...]] = {}
+        self._tickets = itertools.count()
+        self._cancelled = False
+
+    def begin(self) -> None:
+        """Give the baton to the first worker."""
+        self._pass_on()
+
+    def enter(self, worker: int) -> None:
+        """Called first by a worker's thread: wait for the baton."""
+        self._wait(worker)
+
+    def exit(self, worker: int) -> None:
+        """Called last by a worker's thread: pass the baton on for good."""
+        self._pass_on()
+
+    def call(self, worker: int, frame: U8) -> list[U8]:
+        """Deliver a frame; others run until the answer is there.
+
+        Raises:
+            RunStopped: the run was cancelled, or no worker is left that could cause an answer.
+        """
+        ticket = next(self._tickets)
+        self._owners[ticket] = worker
+        self._deliver(self._server.receive(frame, ticket))
+        if ticket not in self._answers:
+            self._pass_on()
+            self._wait(worker)
+        else:
+            self._ready.remove(worker)
+        return list(self._answers.pop(ticket))
+
+    def stop(self) -> None:
+        """End the run with the next entry."""
+        self._deliver(self._server.stop())
+
+    def cancel(self) -> None:
+        """Let every worker that waits raise ``RunStopped``."""
+        self._cancelled = True
+        for event in self._turn.values():
+            event.set()
+
+    def _deliver(self, answers: list[Answer]) -> None:
+        for answer in answers:
+            assert isinstance(answer.ticket, int)
+            self._answers[answer.ticket] = answer.frames
+            self._ready.append(self._owners.pop(answer.ticket))
+
+    def _pass_on(self) -> None:
+        if self._ready:
+            self._turn[self._ready.popleft()].set()
+        else:
+            self.cancel()
+
+    def _wait(self, worker: int) -> None:
+        self._turn[worker].wait()
+        self._turn[worker].clear()
+        if self._cancelled:
+            raise RunStopped("the run ended while this worker was waiting")
+
+
+class InlineTransport:
+    """One worker's way to an ``InlineServer``."""
+
+    def __init__(self, server: InlineServer, worker: int) -> None:
+        self._server = server
+        self._worker = worker
+
+    def call(self, frame: U8) -> list[U8]:
+        """Deliver one frame and wait for its answer."""
+        return self._server.call(self._worker, frame)

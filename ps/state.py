@@ -1,0 +1,114 @@
+"""The server's state and the one function that changes it.
+
+``apply`` has no clock, no I/O and no randomness of its own: the same records give the same state, bit
+for bit, and the same entries. It alters the state in place, since a model is too large to copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from protocol.layout import Layout
+from protocol.ledger import sketch_update
+from protocol.messages import Entry, U8
+from protocol.segment import Update
+from protocol.sender import Sender
+from ps.log import Log
+from ps.optimizer import ServerOptimizer
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one worker adds to a fold: a push, or the residual it hands over when it leaves."""
+
+    worker: int
+    sequence: int
+    updates: tuple[Update, ...]
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class Close:
+    """A round closes: everything that the fold needs.
+
+    Attributes:
+        contributions: in worker-id order, hand-overs behind the pushes.
+        weights: the members from the next round on with their weights, if they change.
+        options: the optimizer's options by group, as rank 0 announced them.
+    """
+
+    contributions: tuple[Contribution, ...]
+    weights: dict[int, float] | None = None
+    options: list[dict[str, Any]] | None = None
+    final: bool = False
+
+
+@dataclass
+class ServerState:
+    """Everything that the next entry depends on.
+
+    ``w`` is the replica that all workers hold, ``sender.residual`` is ``e``; the true model is
+    ``x = w - e``. Shapes: ``(layout.numel,)`` in the working precision.
+    """
+
+    layout: Layout
+    w: Tensor
+    statics: tuple[U8, ...]
+    sender: Sender
+    optimizer: ServerOptimizer
+    weights: dict[int, float]
+    version: int = 0
+    position: int = 0
+    sequences: dict[int, int] = field(default_factory=dict)  # the last one folded, by worker
+    log: Log = field(default_factory=Log)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What ``apply`` gives beside the new state: the frame to broadcast, and squared norms."""
+
+    frame: U8
+    before: float  # |e + u|^2
+    left: float  # |e'|^2
+
+
+def equal_weights(workers: list[int]) -> dict[int, float]:
+    """Every worker counts the same."""
+    return {worker: 1.0 / len(workers) for worker in sorted(workers)}
+
+
+def apply(state: ServerState, record: Close) -> Applied:
+    """Fold a round into the state: ``p = e + u``, ``c = C(p)``, ``e = p - c``, ``w = w - c``.
+
+    The fold adds one worker after the other in worker-id order, each value rounded to the working
+    precision first, so the bits depend on nothing but the record.
+    """
+    total = state.layout.zeros()
+    for contribution in record.contributions:
+        for place, update in zip(state.layout.segments, contribution.updates, strict=True):
+            update.add_to(total[place.start : place.stop])
+        state.sequences[contribution.worker] = contribution.sequence
+        state.position += contribution.samples
+    model = state.w - state.sender.residual if state.optimizer.needs_model else None
+    step = state.optimizer.step(total, model, record.options)
+    message = state.sender.stage(step, state.version)
+    state.sender.commit()
+    for place, update in zip(state.layout.segments, message.updates, strict=True):
+        update.subtract_from(state.w[place.start : place.stop])
+    state.version += 1
+    if record.weights is not None:
+        state.weights = record.weights
+    entry = Entry(
+        version=state.version,
+        position=state.position,
+        weights=record.weights,
+        final=record.final,
+        bodies=message.bodies,
+        layout=state.layout.hash,
+    )
+    frame = entry.pack()
+    state.log.append(state.version, frame)
+    return Applied(frame, message.norms.before, message.norms.left)

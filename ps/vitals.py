@@ -1,0 +1,179 @@
+"""The vital signs of a run: what the metrics endpoint, the terminal and the report read.
+
+Numbers only; nothing here influences training. A lock makes them safe to read from a scrape's thread.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from protocol.messages import Stat
+
+BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # seconds
+ROWS = 4096  # rounds that are kept for whoever watches
+
+
+@dataclass
+class Histogram:
+    """Counts by bucket, and the sum, of durations in seconds."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
+    total: float = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one duration."""
+        self.counts[bisect.bisect_left(BUCKETS, seconds)] += 1
+        self.total += seconds
+
+
+@dataclass
+class WorkerVitals:
+    """The latest statistics of one worker; see ``protocol.messages.Stat`` for their units."""
+
+    latest: dict[int, float] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+
+    def contraction(self) -> float:
+        """``|p - C(p)|**2 / |p|**2`` of the last push."""
+        before = self.latest.get(Stat.BEFORE, 0.0) ** 2
+        left = self.latest.get(Stat.ERROR, 0.0) ** 2 + self.latest.get(Stat.DISCARDED, 0.0) ** 2
+        return left / before if before else 0.0
+
+
+class Vitals:
+    """Counters since the start of the run, and the latest state. All bytes are ``len(frame)``."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.version = 0
+        self.position = 0
+        self.members: tuple[int, ...] = ()
+        self.state = "joining"
+        self.workers: dict[int, WorkerVitals] = defaultdict(WorkerVitals)
+        self.wire: Counter[tuple[str, str]] = Counter()  # (direction, kind) -> bytes
+        self.dense: Counter[str] = Counter()  # direction -> bytes that float32 updates would take
+        self.rejected: Counter[str] = Counter()
+        self.phases: dict[str, Histogram] = defaultdict(Histogram)
+        self.server_before = self.server_left = 0.0  # squared norms of the last round
+        self.server_conservation = 0.0
+        self.discarded = 0.0  # sum over rounds and workers of the norms of what was dropped
+        self.skipped_steps = 0
+        self.replica_mismatches = 0
+        self.joins = 0
+        self.leaves: Counter[str] = Counter()
+        self.handed_over = 0
+        self.reported: dict[str, float] = {}
+        self.rows: deque[dict[str, Any]] = deque(maxlen=ROWS)
+
+    def ratio(self, direction: str) -> float:
+        """Dense float32 bytes over the bytes of updates and averages; 0 before the first round."""
+        sent = self.wire[direction, "update"] + self.wire[direction, "average"]
+        return self.dense[direction] / sent if sent else 0.0
+
+    def bytes(self, direction: str) -> int:
+        """Bytes of updates and averages."""
+        return self.wire[direction, "update"] + self.wire[direction, "average"]
+
+    def snapshot_bytes(self) -> int:
+        """Bytes of models sent to and by joiners."""
+        return self.wire["uplink", "snapshot"] + self.wire["downlink", "snapshot"]
+
+    def observe_push(self, worker: int, statistics: dict[int, float], names: list[str], skipped: int) -> None:
+        """Take over the statistics of an accepted push."""
+        seen = self.workers[worker]
+        seen.names.extend(names)
+        seen.latest.pop(Stat.DISCARDED, None)
+        for key, value in statistics.items():
+            if key in Stat.PHASES:
+                self.phases[Stat.PHASES[key]].observe(value)
+            elif key < Stat.REPORTED:
+                seen.latest[key] = value
+        self.discarded += statistics.get(Stat.DISCARDED, 0.0)
+        self.skipped_steps += skipped
+
+    def report(self, statistics: dict[int, dict[int, float]], samples: dict[int, int]) -> dict[str, float]:
+        """The sample-weighted means over workers of what the users' loops reported this round."""
+        sums: dict[str, tuple[float, float]] = {}
+        for worker, values in statistics.items():
+            for key, value in values.items():
+                place = key - Stat.REPORTED
+                if 0 <= place < len(self.workers[worker].names):
+                    name, share = self.workers[worker].names[place], float(max(1, samples[worker]))
+                    weighted, total = sums.get(name, (0.0, 0.0))
+                    sums[name] = (weighted + share * value, total + share)
+        means = {name: weighted / total for name, (weighted, total) in sums.items()}
+        self.reported.update(means)
+        return means
+
+    def close(self, seconds: float, samples: int, reported: dict[str, float]) -> None:
+        """Add the row of a round that was just folded; ``seconds`` since the start of training."""
+        present = {w: self.workers[w] for w in self.members}
+
+        def each(key: int) -> dict[str, float]:
+            return {str(w): vitals.latest[key] for w, vitals in present.items() if key in vitals.latest}
+
+        self.rows.append(
+            {
+                "version": self.version,
+                "seconds": round(seconds, 6),
+                "position": self.position,
+                "samples": samples,
+                "workers": len(self.members),
+                "reported": reported,
+                "worker_error_norm": each(Stat.ERROR),
+                "server_error_norm": self.server_left**0.5,
+                "update_norm": {"before": each(Stat.BEFORE), "after": each(Stat.SENT)},
+                "contraction": {
+                    "up": {str(w): vitals.contraction() for w, vitals in present.items()},
+                    "down": self.server_contraction(),
+                },
+                "uplink_bytes": self.bytes("uplink"),
+                "downlink_bytes": self.bytes("downlink"),
+                "uplink_ratio": self.ratio("uplink"),
+                "downlink_ratio": self.ratio("downlink"),
+                "conservation_error": self.conservation(),
+            }
+        )
+
+    def server_contraction(self) -> float:
+        """``|p - C(p)|**2 / |p|**2`` of the last entry."""
+        return self.server_left / self.server_before if self.server_before else 0.0
+
+    def conservation(self) -> float:
+        """The largest conservation error of any sender."""
+        return max(
+            [self.server_conservation, *(w.latest.get(Stat.CONSERVATION, 0.0) for w in self.workers.values())]
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """The keys of ``summary.json`` that the server knows."""
+        errors = [w.latest.get(Stat.ERROR, 0.0) for w in self.workers.values()]
+        return {
+            "rounds": self.version,
+            "uplink_bytes": self.bytes("uplink"),
+            "downlink_bytes": self.bytes("downlink"),
+            "uplink_ratio": self.ratio("uplink"),
+            "downlink_ratio": self.ratio("downlink"),
+            "snapshot_bytes": self.snapshot_bytes(),
+            "server_error_norm": self.server_left**0.5,
+            "worker_error_norm": sum(e * e for e in errors) ** 0.5,
+            "discarded_norm": self.discarded,
+            "conservation_error": self.conservation(),
+            "skipped_steps": self.skipped_steps,
+            "rejected": dict(self.rejected),
+            "replica_mismatches": self.replica_mismatches,
+            "reported": dict(self.reported),
+        }
+
+    def rows_since(self, version: int) -> list[dict[str, Any]]:
+        """The rows of the rounds after ``version`` that are still kept."""
+        rows: list[dict[str, Any]] = []
+        for row in reversed(self.rows):
+            if row["version"] <= version:
+                break
+            rows.append(row)
+        return rows[::-1]

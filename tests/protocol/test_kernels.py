@@ -1,0 +1,243 @@
+"""The CPU kernel answers what the plain torch reference answers, however its sample misleads it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol.kernels import cpu, reference
+
+LONG = 4 * cpu.SAMPLE + 12_345  # long enough that the threshold comes from a sample
+DTYPES = (np.float32, np.float64)
+
+
+class Spy:
+    """Counts the passes over the data: a second one is the fallback."""
+
+    def __init__(self, monkeypatch):
+        self.passes = []
+        real = cpu._candidates
+
+        def spied(vector, residual, total, threshold, room):
+            found, count, squares = real(vector, residual, total, threshold, room)
+            self.passes.append((threshold, count, room))
+            return found, count, squares
+
+        monkeypatch.setattr(cpu, "_candidates", spied)
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    return Spy(monkeypatch)
+
+
+def check(vector, residual, k):
+    """Both kernels on the same input; returns the indices, which agree."""
+    total = vector if residual is None else np.full_like(vector, np.nan)
+    indices, squares = cpu.top_k(vector, residual, total, k)
+    given_ = None if residual is None else torch.from_numpy(residual)
+    expected_total = torch.from_numpy(vector if residual is None else np.full_like(vector, np.nan))
+    expected, expected_squares = reference.top_k(torch.from_numpy(vector), given_, expected_total, k)
+    assert indices.dtype == np.int64
+    assert np.array_equal(indices, expected.numpy())
+    assert np.array_equal(total, expected_total.numpy())
+    assert squares == pytest.approx(expected_squares, rel=1e-9)
+    return indices
+
+
+def sampled(n, k):
+    """The places that the kernel will look at first: those of a vector that holds its own places."""
+    out = np.empty(cpu.SAMPLE, np.float64)
+    cpu._sample(np.arange(n, dtype=np.float64), np.empty(0), k, out)
+    return np.unique(out.astype(np.int64))
+
+
+# --- adversarial inputs
+
+
+def random(n):
+    return np.random.default_rng(n).normal(size=n)
+
+
+def few(n):
+    vector = np.zeros(n)
+    vector[[5, n // 2, n - 1]] = 1.0, -2.0, 1e-40
+    return vector
+
+
+INPUTS = {
+    "normal": random,
+    "rising": lambda n: np.arange(n) + 1.0,
+    "falling": lambda n: -np.arange(n, 0.0, -1.0),
+    "all equal": lambda n: np.full(n, -0.25),
+    "two magnitudes": lambda n: np.where(np.arange(n) % 3 == 1, 2.0, -1.0),
+    "zeros": np.zeros,
+    "negative zeros": lambda n: np.full(n, -0.0),
+    "few that are not zero": few,
+    "heavy tail": lambda n: np.exp(4 * random(n)) * np.sign(random(n)),
+    "one giant": lambda n: np.where(np.arange(n) == n // 3, 1e30, random(n)),
+    "clustered": lambda n: np.where(np.arange(n) < n // 50, 10.0, 1.0) * random(n),
+    "periodic": lambda n: np.where(np.arange(n) % cpu.GROUP == 0, 5.0, 1.0) * random(n),
+    "denormal": lambda n: random(n) * 1e-42,
+    "rounded to ties": lambda n: np.round(random(n) * 4) / 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "with_residual"), [(np.float32, False), (np.float32, True), (np.float64, True)]
+)
+@pytest.mark.parametrize("name", INPUTS)
+def test_the_kernel_agrees_with_the_reference_on_long_vectors(name, dtype, with_residual):
+    vector = INPUTS[name](LONG).astype(dtype)
+    check(vector, np.roll(vector, 7) / 4 if with_residual else None, 2_600)
+
+
+@pytest.mark.parametrize("name", ["normal", "few that are not zero", "rounded to ties"])
+@pytest.mark.parametrize("k", [1, 2, LONG // 4, LONG - 1, LONG])
+def test_the_kernel_agrees_with_the_reference_for_every_k(name, k):
+    check(INPUTS[name](LONG).astype(np.float32), None, k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, cpu.BLOCK - 1, cpu.BLOCK, cpu.BLOCK + 1, 3 * cpu.BLOCK + 17])
+def test_the_kernel_agrees_with_the_reference_around_its_block_sizes(n, dtype):
+    for make in INPUTS.values():
+        vector = make(max(n, 6))[:n].astype(dtype)
+        for k in sorted({1, max(1, n // 3), n}):
+            check(vector, np.roll(vector, 1), k)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(1, 300),
+    seed=st.integers(0, 2**32),
+    grid=st.sampled_from([0, 1, 4]),
+    dtype=st.sampled_from(DTYPES),
+    data=st.data(),
+)
+def test_the_kernel_agrees_with_the_reference_on_short_vectors(n, seed, grid, dtype, data):
+    vector, residual = np.random.default_rng(seed).normal(size=(2, n))
+    if grid:
+        vector, residual = np.round(vector * grid) / grid, np.round(residual * grid) / grid
+    k = data.draw(st.integers(1, n))
+    indices = check(vector.astype(dtype), data.draw(st.sampled_from([None, residual.astype(dtype)])), k)
+    assert indices.size <= k
+
+
+# --- which way was taken
+
+
+def test_a_long_vector_takes_one_pass_with_a_sampled_threshold(spy):
+    check(random(LONG).astype(np.float32), None, 2_600)
+    ((threshold, count, room),) = spy.passes
+    assert threshold > 0.0
+    assert 2_600 <= count <= room < LONG
+
+
+def test_a_short_vector_takes_one_pass_with_every_element_a_candidate(spy):
+    check(random(4 * cpu.SAMPLE).astype(np.float32), None, 2_600)
+    assert spy.passes == [(0.0, 4 * cpu.SAMPLE, 4 * cpu.SAMPLE)]
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sample_that_finds_too_few_candidates_leads_to_a_second_pass(spy, dtype, with_residual):
+    k = LONG // 2
+    vector = np.abs(random(LONG)) % 1.0
+    vector[sampled(LONG, k)] += 10.0  # all that the sample sees is large, and there is not enough of it
+    vector = vector.astype(dtype)
+    check(vector, (vector / 2) if with_residual else None, k)
+    (threshold, count, _), second = spy.passes
+    assert threshold > 1.5
+    assert count < k
+    assert second == (0.0, LONG, LONG)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 100])
+def test_a_sample_that_finds_too_many_candidates_leads_to_a_second_pass(spy, dtype, with_residual, k):
+    vector = 10.0 + np.abs(random(LONG))
+    vector[sampled(LONG, k)] = 0.5  # all that the sample sees is small
+    vector = vector.astype(dtype)
+    check(vector, (vector / 2) if with_residual else None, k)
+    (threshold, count, room), second = spy.passes
+    assert 0.0 < threshold < 1.0
+    assert room < count <= room + cpu.BLOCK
+    assert second == (0.0, LONG, LONG)
+
+
+def test_a_sample_that_sees_only_zeros_makes_every_element_a_candidate(spy):
+    vector = few(LONG).astype(np.float32)
+    vector[sampled(LONG, 2)] = 0.0
+    check(vector, None, 2)
+    assert spy.passes == [(0.0, LONG, LONG)]
+
+
+def test_a_count_that_just_fits_is_not_taken_for_too_many(spy):
+    k = 100
+    room = 2 * k + cpu.SAMPLE
+    vector = np.full(LONG, 0.25, np.float32)
+    free = np.setdiff1d(np.arange(LONG), sampled(LONG, k))
+    vector[sampled(LONG, k)[: 2 * k]] = 1.0  # the threshold becomes 1
+    vector[free[: room - 2 * k]] = 1.0
+    assert int((vector == 1.0).sum()) == room
+    check(vector, None, k)
+    assert spy.passes == [(1.0, room, room)]
+
+
+# --- what is not finite
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 33, LONG])
+def test_anything_that_is_not_finite_makes_the_square_not_finite(n, dtype, bad):
+    for place in {0, n // 2, n - 1}:
+        vector, residual = random(n).astype(dtype), np.zeros(n, dtype)
+        vector[place] = bad
+        for first, second in ((vector, None), (vector, residual), (residual, vector)):
+            total = first if second is None else np.empty_like(first)
+            indices, squares = cpu.top_k(first, second, total, 1)
+            assert not math.isfinite(squares)
+            assert indices.size == 0
+        tensor = torch.from_numpy(vector)
+        assert not math.isfinite(reference.top_k(tensor, None, tensor, 1)[1])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_long_vector_of_nothing_finite_ends_as_well(bad):
+    vector = np.full(LONG, bad, np.float32)
+    assert not math.isfinite(cpu.top_k(vector, None, vector, 2_600)[1])
+
+
+def test_a_sum_that_overflows_is_not_finite():
+    vector = np.full(3, np.finfo(np.float32).max)
+    assert cpu.top_k(vector, vector, np.empty_like(vector), 1)[1] == math.inf
+
+
+# --- the small ones
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(0, 200), seed=st.integers(0, 2**32), dtype=st.sampled_from(DTYPES))
+def test_magnitudes_are_the_two_norms(n, seed, dtype):
+    values = np.random.default_rng(seed).normal(size=n).astype(dtype)
+    total, squares = cpu.magnitudes(values)
+    assert total == pytest.approx(math.fsum(np.abs(values).tolist()), rel=1e-12)
+    assert squares == pytest.approx(math.fsum((values.astype(np.float64) ** 2).tolist()), rel=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(1, 200), seed=st.integers(0, 2**32), dtype=st.sampled_from(DTYPES))
+def test_values_are_rounded_first_and_added_second(n, seed, dtype):
+    random = np.random.default_rng(seed)
+    total, values = random.normal(size=(2, n)).astype(dtype)
+    places = np.flatnonzero(random.random(n) < 0.5)
+    expected = total.copy()
+    expected[places] = expected[places] + values[: places.size]
+    cpu.add_at(total, places, values[: places.size])
+    assert np.array_equal(total, expected)

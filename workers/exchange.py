@@ -1,0 +1,91 @@
+"""A worker's conversation with the server: frames out, checked messages in."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol import messages
+from protocol.errors import DecodeError, Refused
+from protocol.layout import Layout
+from protocol.messages import Average, Entry, Farewell, Join, Leave, Mean, Message, Push, Refusal, Welcome
+from protocol.segment import Update
+
+U8 = npt.NDArray[np.uint8]
+Bodies = tuple[U8, ...]
+M = TypeVar("M", bound=Message)
+
+
+class Transport(Protocol):
+    """Carries one frame to the server and its answer back."""
+
+    def call(self, frame: U8) -> list[U8]:
+        """Blocks until the server answers.
+
+        Raises:
+            RunStopped: the run ended first.
+        """
+
+
+class Exchange:
+    """Numbers the messages of one worker, and refuses answers that do not fit.
+
+    Args:
+        transport: to the server.
+        worker: id, which never changes.
+        layout: of the worker's model.
+    """
+
+    def __init__(self, transport: Transport, worker: int, layout: Layout) -> None:
+        self._transport = transport
+        self._worker = worker
+        self._layout = layout
+        self.sequence = 0
+
+    def join(self, optimizer: dict[str, Any] | None, model: Bodies) -> Welcome:
+        """Present the model; the answer comes when all founding workers have joined."""
+        join = Join(self._worker, self._layout.describe(), optimizer, bodies=model, layout=self._layout.hash)
+        return self._expect(self._call(join), Welcome)
+
+    def push(self, version: int, samples: int, bodies: Bodies, **fields: Any) -> Entry:
+        """Push the next update; the answer is the entry that folds it."""
+        self.sequence += 1
+        push = Push(
+            self._worker, self.sequence, version, samples, **fields, bodies=bodies, layout=self._layout.hash
+        )
+        entry = self._expect(self._call(push), Entry)
+        if entry.version != version + 1:
+            raise DecodeError(f"the answer to a push at version {version} is entry {entry.version}")
+        return entry
+
+    def average(self, version: int, bodies: Bodies) -> Mean:
+        """Exchange residuals; the answer is their exact sum."""
+        self.sequence += 1
+        message = Average(self._worker, self.sequence, version, bodies=bodies, layout=self._layout.hash)
+        return self._expect(self._call(message), Mean)
+
+    def leave(self, cause: str, residual: Bodies = ()) -> Farewell:
+        """Leave the run and hand over the residual, dense, if there is one."""
+        leave = Leave(self._worker, cause, bodies=residual, layout=self._layout.hash)
+        return self._expect(self._call(leave), Farewell)
+
+    def updates(self, message: Message) -> tuple[Update, ...]:
+        """The message's bodies, decoded."""
+        return messages.updates(message, self._layout)
+
+    def _call(self, message: Message) -> Message:
+        (frame,) = self._transport.call(message.pack())
+        answer = messages.parse(frame)
+        if isinstance(answer, Refusal):
+            raise Refused(answer.reason, answer.detail)
+        if answer.layout != self._layout.hash:
+            raise DecodeError("the server's answer is for a model of another layout")
+        return answer
+
+    @staticmethod
+    def _expect(answer: Message, kind: type[M]) -> M:
+        if not isinstance(answer, kind):
+            raise DecodeError(f"the server answered with {type(answer).__name__} instead of {kind.__name__}")
+        return answer

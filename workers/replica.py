@@ -1,0 +1,94 @@
+"""The model of a training process, seen as one flat vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from protocol import snapshot
+from protocol.errors import LayoutError
+from protocol.layout import layout_of
+
+U8 = npt.NDArray[np.uint8]
+
+
+class Replica:
+    """``w``, bit for bit the same on all workers, beside the user's model that trains away from it.
+
+    Args:
+        model: the user's; its tensors are read and written in place, never replaced.
+
+    Attributes:
+        layout: of the model.
+        w: shape ``(layout.numel,)`` in the working precision, on the model's device.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        parameters, buffers = list(model.named_parameters()), list(model.named_buffers())
+        self.layout = layout_of(parameters, buffers)
+        self._tensors = {name: tensor for name, tensor in [*parameters, *buffers]}
+        self._parameters = parameters
+        self._trained = [parameter.requires_grad for _, parameter in parameters]
+        places = self.layout.segments
+        self.device = self._tensors[places[0].entry.name].device
+        self.w = self.layout.zeros(self.device)
+        self._exact = all(self._tensors[s.entry.name].dtype == self.layout.dtype for s in places)
+        self.read(self.w)
+
+    def trained(self) -> list[tuple[str, Tensor]]:
+        """The parameters that are exchanged, by name."""
+        return [(s.entry.name, self._tensors[s.entry.name]) for s in self.layout.segments if s.entry.role == "parameter"]
+
+    @torch.no_grad()
+    def read(self, out: Tensor) -> Tensor:
+        """Copy the model's tensors to ``out``, shape ``(layout.numel,)``."""
+        for place in self.layout.segments:
+            out[place.start : place.stop].copy_(self._tensors[place.entry.name].reshape(-1))
+        return out
+
+    @torch.no_grad()
+    def show(self, vector: Tensor) -> Tensor:
+        """Let the model's tensors hold ``vector``; what they hold then, after rounding to their dtypes."""
+        for place in self.layout.segments:
+            self._tensors[place.entry.name].copy_(vector[place.start : place.stop].view(place.entry.shape))
+        return vector if self._exact else self.read(torch.empty_like(vector))
+
+    @torch.no_grad()
+    def read_gradients(self, out: Tensor) -> Tensor:
+        """Copy the gradients to ``out``; zero where there is none."""
+        for place in self.layout.segments:
+            part, gradient = out[place.start : place.stop], self._tensors[place.entry.name].grad
+            if gradient is None:
+                part.zero_()
+            else:
+                part.copy_((gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1))
+        return out
+
+    def statics(self) -> tuple[U8, ...]:
+        """The raw bytes of the tensors that are not exchanged."""
+        return tuple(snapshot.raw(self._tensors[entry.name]) for entry in self.layout.statics)
+
+    @torch.no_grad()
+    def load(self, w: Tensor, statics: Sequence[U8]) -> None:
+        """Take over a snapshot, tensors that are not exchanged included."""
+        self.w.copy_(w)
+        self.show(self.w)
+        for entry, body in zip(self.layout.statics, statics, strict=True):
+            self._tensors[entry.name].copy_(snapshot.restore_static(body, entry.shape, entry.dtype))
+
+    def check(self) -> None:
+        """Refuse a change of ``requires_grad`` since the layout was agreed.
+
+        Raises:
+            LayoutError: names the parameter.
+        """
+        for (name, parameter), trained in zip(self._parameters, self._trained, strict=True):
+            if parameter.requires_grad != trained:
+                raise LayoutError(
+                    f"requires_grad of {name!r} changed to {parameter.requires_grad} after session.prepare; "
+                    "set it before, since it decides what is exchanged"
+                )

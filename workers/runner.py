@@ -1,0 +1,68 @@
+"""Runs one training function in one session, whatever the backend, and says how it went."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.torch
+import torch
+
+from protocol.errors import CarryoverError, RunFailed, RunStopped
+from workers.batches import seed_everything
+from workers.exchange import Transport
+from workers.session import Session, WorkerPlan
+
+Train = Callable[[Session], Any]
+
+
+@dataclass
+class Outcome:
+    """How one worker ended.
+
+    Attributes:
+        fingerprint: of its replica; empty if it failed.
+        reported: values that were reported after the last round.
+        model: the founder's model as safetensors bytes.
+        error: one sentence, if it failed; None if not.
+        traceback: of the user's code; empty for errors that Carryover raises on purpose.
+        stopped: it failed only because the run had ended.
+    """
+
+    worker: int
+    fingerprint: str = ""
+    reported: dict[str, float] = field(default_factory=dict)
+    model: npt.NDArray[np.uint8] | None = None
+    error: str | None = None
+    traceback: str = ""
+    stopped: bool = False
+
+
+def run(train: Train, plan: WorkerPlan, transport: Transport, cpus: int, device: torch.device) -> Outcome:
+    """Train; every exception ends up in the outcome."""
+    torch.set_num_threads(cpus)
+    session = Session(plan, transport, device)
+    try:
+        seed_everything(plan.seed, "start")  # the same on every rank, so that data is split alike
+        train(session)
+        if not session.finished:
+            raise RunFailed(
+                f"the training function of worker {plan.worker} returned at version {session.version}, before the "
+                "run had done its rounds; loop over session.batches until it ends"
+            )
+        model = None
+        if plan.founder:
+            state = {name: value.detach().cpu().clone() for name, value in session.model.state_dict().items()}
+            model = np.frombuffer(safetensors.torch.save(state), np.uint8)
+        return Outcome(plan.worker, session.fingerprint(), session.last_reports(), model)
+    except RunStopped as error:
+        return Outcome(plan.worker, error=str(error), stopped=True)
+    except CarryoverError as error:
+        return Outcome(plan.worker, error=str(error), traceback=traceback.format_exc())
+    except Exception as error:
+        text = f"the training function of worker {plan.worker} raised {type(error).__name__}: {error}"
+        return Outcome(plan.worker, error=text, traceback=traceback.format_exc())
