@@ -30,11 +30,15 @@ def function(path: str) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise SettingsError(f"train is {path!r}, but there is no module {error.name!r} in {folder}") from None
+            raise SettingsError(
+                f"train is {path!r}, but there is no module {error.name!r} in {folder}"
+            ) from None
         raise
     found = getattr(module, name, None)
     if not callable(found):
-        known = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
+        known = [
+            n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name
+        ]
         raise SettingsError(
             f"train is {path!r}, but {module.__file__} has no function {name!r}; it has {', '.join(known) or 'none'}"
         )

@@ -5,6 +5,7 @@ The only module that knows both ``ps`` and ``workers``.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from deploy.display import Display
+from deploy.local_ray import LocalRay
 from deploy.report import write_report
 from deploy.rundir import RunDirectory, load_model
 from deploy.settings import RunSettings, validate
@@ -69,7 +71,12 @@ def plans(settings: RunSettings) -> tuple[Plan, list[WorkerPlan]]:
     """What the server and each worker need to know."""
     ids = tuple(range(settings.workers.count))
     every = settings.metrics.sketch_every
-    common = {"seed": settings.seed, "send": settings.send, "overrides": settings.overrides, "sketch_every": every}
+    common = {
+        "seed": settings.seed,
+        "send": settings.send,
+        "overrides": settings.overrides,
+        "sketch_every": every,
+    }
     server = Plan(settings.rounds, ids, downlink=settings.downlink, server=settings.server, **common)  # type: ignore[arg-type]
     workers = [
         WorkerPlan(
@@ -92,7 +99,9 @@ class InlineBackend:
     def __init__(self, settings: RunSettings, train: Train) -> None:
         plan, workers = plans(settings)
         self._server = Server(plan, time.monotonic)
-        self._endpoint = Endpoint(self._server.vitals, settings.metrics) if settings.metrics.port is not None else None
+        self._endpoint = (
+            Endpoint(self._server.vitals, settings.metrics) if settings.metrics.port is not None else None
+        )
         self._shell = InlineServer(self._server, plan.workers)
         self._ended: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._cpus, self._train, self._seen = settings.workers.cpus, train, 0
@@ -146,14 +155,11 @@ class RayBackend:
     def __init__(self, settings: RunSettings, train: Train | str, address: str | None) -> None:
         plan, workers = plans(settings)
         cpus, gpus = settings.workers.cpus, settings.workers.gpus
-        if address is None and not ray.is_initialized():
-            self._own = True
-            total = settings.workers.count * cpus + 1
-            gpu_count = settings.workers.count * gpus or None
-            ray.init(num_cpus=total, num_gpus=gpu_count, include_dashboard=False, _node_ip_address="127.0.0.1")
-        else:
-            self._own = not ray.is_initialized()
-            ray.init(address=address, ignore_reinit_error=True)
+        self._own: LocalRay | None = None
+        if address is not None:
+            ray.init(address=address, ignore_reinit_error=True, logging_level=logging.ERROR)
+        elif not ray.is_initialized():
+            self._own = LocalRay(settings.workers.count * cpus + 1, settings.workers.count * gpus)
         self._actors: list[Any] = []
         self._runs: dict[Any, int] = {}
         self._seen = 0
@@ -163,7 +169,9 @@ class RayBackend:
             self.close()
             raise
 
-    def _start(self, settings: RunSettings, plan: Plan, workers: list[WorkerPlan], train: Train | str) -> None:
+    def _start(
+        self, settings: RunSettings, plan: Plan, workers: list[WorkerPlan], train: Train | str
+    ) -> None:
         concurrency = 4 * settings.workers.count + 16
         server_class = ray.remote(num_cpus=1, max_restarts=0, max_concurrency=concurrency)(ServerActor)
         self._server = server_class.remote(plan, settings.metrics)
@@ -208,7 +216,7 @@ class RayBackend:
         for actor in self._actors:
             ray.kill(actor)
         if self._own:
-            ray.shutdown()
+            self._own.close()
 
 
 def _get(reference: Any) -> Any:

@@ -42,7 +42,11 @@ class RunSettings(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        specs = {"uplink": self.uplink, "downlink": self.downlink, **{f"overrides.{g}": s for g, s in self.overrides.items()}}
+        specs = {
+            "uplink": self.uplink,
+            "downlink": self.downlink,
+            **{f"overrides.{g}": s for g, s in self.overrides.items()},
+        }
         if isinstance(self.feedback, StepAhead):
             specs["feedback.average"] = self.feedback.average
         for key, spec in specs.items():
@@ -54,25 +58,35 @@ class RunSettings(Strict):
             optimizer_class(self.server.optimizer.kind)
         elif self.server.optimizer.options:
             option = next(iter(self.server.optimizer.options))
-            raise ValueError(f"server.optimizer has {option!r}, but kind sum takes no options; name a torch.optim class")
+            raise ValueError(
+                f"server.optimizer has {option!r}, but kind sum takes no options; name a torch.optim class"
+            )
         if self.send == "gradient":
             self._check_gradient()
         return self
 
     def _check_gradient(self) -> None:
         if self.feedback.kind == "saef":
-            raise ValueError("feedback.kind saef needs send: difference, since it steps ahead by a model difference")
+            raise ValueError(
+                "feedback.kind saef needs send: difference, since it steps ahead by a model difference"
+            )
         if self.workers.local_steps > 1:
-            raise ValueError("workers.local_steps must be 1 with send: gradient; several steps need send: difference")
+            raise ValueError(
+                "workers.local_steps must be 1 with send: gradient; several steps need send: difference"
+            )
         if self.server.optimizer.kind != "sum":
-            raise ValueError("server.optimizer must be sum with send: gradient, where the server runs the user's optimizer")
+            raise ValueError(
+                "server.optimizer must be sum with send: gradient, where the server runs the user's optimizer"
+            )
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as text; people mean the number."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> RunSettings:
@@ -86,9 +100,13 @@ def load(path: Path, overrides: Iterable[str] = ()) -> RunSettings:
     except OSError as error:
         raise SettingsError(f"the settings file {path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise SettingsError(f"the settings file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise SettingsError(
+            f"the settings file {path} is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(values, dict):
-        raise SettingsError(f"the settings file {path} holds {type(values).__name__}; valid is a map of settings")
+        raise SettingsError(
+            f"the settings file {path} holds {type(values).__name__}; valid is a map of settings"
+        )
     for override in overrides:
         _override(values, override)
     return validate(values)
@@ -131,14 +149,18 @@ def _sentence(error: ValidationError) -> str:
             known = ", ".join(_siblings(place, error, first["loc"]))
             return f"{key} is not a setting; valid {'in ' + '.'.join(place[:-1]) if place[1:] else 'at the top'} are {known}"
         case "missing":
-            return f"{key} is missing; every run needs it" + (", as in MODULE:FUNCTION" if key == "train" else "")
+            return f"{key} is missing; every run needs it" + (
+                ", as in MODULE:FUNCTION" if key == "train" else ""
+            )
         case "value_error":
             text = str(first["ctx"]["error"])
             return f"{key}: {text}" if key else text
         case "string_pattern_mismatch" if key == "train":
             return f"train is {value!r}; valid is MODULE:FUNCTION"
         case "union_tag_invalid":
-            return f"feedback.kind is {first['ctx']['tag']!r}; valid are {first['ctx']['expected_tags']}".replace("'", "")
+            return f"feedback.kind is {first['ctx']['tag']!r}; valid are {first['ctx']['expected_tags']}".replace(
+                "'", ""
+            )
         case _:
             return f"{key} is {value!r}; {first['msg'][0].lower() + first['msg'][1:]}"
 

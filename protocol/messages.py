@@ -95,7 +95,9 @@ class Message:
             if key in given:
                 value = given.pop(key)
                 if not field.metadata["valid"](value):
-                    raise DecodeError(f"field {field.name!r} of a {cls.__name__} message is malformed: {value!r:.80}")
+                    raise DecodeError(
+                        f"field {field.name!r} of a {cls.__name__} message is malformed: {value!r:.80}"
+                    )
                 values[field.name] = value
             elif field.default is dataclasses.MISSING:
                 raise DecodeError(f"a {cls.__name__} message lacks its field {field.name!r}")
@@ -141,7 +143,9 @@ class Push(Message):
     statistics: bytes = _field(5, _is(bytes), default=b"")
     names: list[str] | None = _field(6, _optional(_is(list)), default=None)  # newly reported quantities
     digest: int | None = _field(7, _optional(_whole), default=None)  # of the replica at ``version``
-    options: list[dict[str, Any]] | None = _field(8, _optional(_is(list)), default=None)  # optimizer, by group
+    options: list[dict[str, Any]] | None = _field(
+        8, _optional(_is(list)), default=None
+    )  # optimizer, by group
     skipped: int = _field(9, _whole, default=0)  # optimizer steps that did not happen
 
 

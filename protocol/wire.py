@@ -79,7 +79,9 @@ def unpack(frame: U8) -> Frame:
     if magic != MAGIC:
         raise DecodeError(f"the frame begins with {bytes(magic)!r} instead of {MAGIC!r}")
     if version != FORMAT_VERSION:
-        raise DecodeError(f"the frame has format version {version}; this side speaks version {FORMAT_VERSION}")
+        raise DecodeError(
+            f"the frame has format version {version}; this side speaks version {FORMAT_VERSION}"
+        )
     expected = HEADER.size + table_size + body_size + CRC.size
     if frame.size != expected:
         raise DecodeError(f"the frame has {frame.size} bytes where its header announces {expected}")

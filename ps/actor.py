@@ -54,14 +54,14 @@ class ServerActor:
         """
         ticket = next(self._tickets)
         loop = asyncio.get_running_loop()
-        self._waiting[ticket] = loop.create_future()
+        self._waiting[ticket] = answer = loop.create_future()
         try:
             answers = await loop.run_in_executor(self._thread, self._server.receive, frame, ticket)
         except BaseException as error:
             self._fail(error)
             raise
         self._deliver(answers)
-        return await self._waiting.pop(ticket)
+        return await answer
 
     async def stop(self) -> None:
         """End the run with the next entry."""
@@ -81,7 +81,7 @@ class ServerActor:
     def _deliver(self, answers: list[Answer]) -> None:
         for answer in answers:
             assert isinstance(answer.ticket, int)
-            future = self._waiting[answer.ticket]
+            future = self._waiting.pop(answer.ticket)
             if not future.done():
                 future.set_result([self._outgoing(frame) for frame in answer.frames])
 

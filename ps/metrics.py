@@ -60,7 +60,9 @@ def _read(vitals: Vitals) -> Iterator[Metric]:
     yield update
 
     contraction = _gauge(
-        "contraction", "Share of the squared norm that compression left behind, the mean over senders.", ("direction",)
+        "contraction",
+        "Share of the squared norm that compression left behind, the mean over senders.",
+        ("direction",),
     )
     measured = [w.contraction() for w in present.values() if Stat.BEFORE in w.latest]
     if measured:
@@ -105,7 +107,11 @@ def _read(vitals: Vitals) -> Iterator[Metric]:
     for name, text, value in (
         ("worker_joins", "Workers that joined.", vitals.joins),
         ("residual_handed_over", "Residuals that leaving workers handed over.", vitals.handed_over),
-        ("skipped_steps", "Optimizer steps that did not happen, as when a GradScaler skips.", vitals.skipped_steps),
+        (
+            "skipped_steps",
+            "Optimizer steps that did not happen, as when a GradScaler skips.",
+            vitals.skipped_steps,
+        ),
         ("replica_mismatches", "Replicas that differed from the server's.", vitals.replica_mismatches),
     ):
         counter = _counter(name, text)
@@ -117,7 +123,8 @@ def _read(vitals: Vitals) -> Iterator[Metric]:
     yield discarded
 
     conservation = _gauge(
-        "conservation_error", "Largest imbalance of a ledger in units of its rounding error; at most 4 is healthy."
+        "conservation_error",
+        "Largest imbalance of a ledger in units of its rounding error; at most 4 is healthy.",
     )
     conservation.add_metric([], vitals.conservation())
     yield conservation

@@ -41,7 +41,11 @@ class Replica:
 
     def trained(self) -> list[tuple[str, Tensor]]:
         """The parameters that are exchanged, by name."""
-        return [(s.entry.name, self._tensors[s.entry.name]) for s in self.layout.segments if s.entry.role == "parameter"]
+        return [
+            (s.entry.name, self._tensors[s.entry.name])
+            for s in self.layout.segments
+            if s.entry.role == "parameter"
+        ]
 
     @torch.no_grad()
     def read(self, out: Tensor) -> Tensor:

@@ -176,7 +176,9 @@ class Session:
         Afterwards its tensors and modes are what they were.
         """
         if self._replica is None:
-            raise SettingsError("session.evaluating needs a model; call session.prepare(model, optimizer) first")
+            raise SettingsError(
+                "session.evaluating needs a model; call session.prepare(model, optimizer) first"
+            )
         kept = self._replica.read(torch.empty_like(self._replica.w))
         modes = {module: module.training for module in model.modules()}
         self._replica.show(self._replica.w)

@@ -1,0 +1,96 @@
+"""``carryover check``: what a run will cost, measured on the user's model without training it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from deploy.display import bytes_text
+from deploy.launch import plans
+from deploy.settings import RunSettings, resolved
+from protocol.compressors import Compressor
+from protocol.errors import SettingsError
+from protocol.layout import Layout
+from protocol.messages import STATISTICS_LIMIT, Entry, Push
+from protocol.spec import compressors_for
+from workers import Session
+
+WORKER_VECTORS = 5  # replica, residual, its spare, start of the round, update
+SERVER_VECTORS = 4  # replica, residual, its spare, sum
+
+
+class _Prepared(BaseException):
+    """Ends the training function once it has shown its model; not an Exception, so that it gets through."""
+
+
+class _Probe(Session):
+    """A session whose ``prepare`` is as far as a training function gets."""
+
+    layout: Layout | None = None
+
+    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        """Take note of the layout and stop."""
+        from workers.replica import Replica
+
+        self.layout = Replica(model).layout
+        raise _Prepared
+
+
+def describe(settings: RunSettings, train: Callable[[Session], Any]) -> str:
+    """The resolved settings, then memory and bytes per round for the model that ``train`` prepares.
+
+    The training function runs up to ``session.prepare`` and no further.
+
+    Raises:
+        SettingsError: the function never calls ``session.prepare``.
+    """
+    layout = _layout(settings, train)
+    size = torch.finfo(layout.dtype).bits // 8 * layout.numel
+    up = _frame_bytes(layout, compressors_for(layout, settings.uplink, settings.overrides), "up")
+    down = _frame_bytes(layout, compressors_for(layout, settings.downlink, settings.overrides), "down")
+    dense = 4 * layout.trainable
+    count = settings.workers.count
+    lines = [
+        resolved(settings),
+        f"model                {layout.trainable:,} parameters in {len(layout.segments)} tensors",
+        f"update, each worker  {up:,} bytes a round, {dense / up:.1f}x less than float32",
+        f"answer, each worker  {down:,} bytes a round, {dense / down:.1f}x less than float32",
+        f"server's link        {bytes_text(count * up)} in and {bytes_text(count * down)} out a round",
+        f"memory, each worker  {bytes_text(WORKER_VECTORS * size)} beside the model, its gradients and its optimizer",
+        f"memory, server       {bytes_text(SERVER_VECTORS * size)}",
+    ]
+    return "\n".join(lines)
+
+
+def _layout(settings: RunSettings, train: Callable[[Session], Any]) -> Layout:
+    probe = _Probe(plans(settings)[1][0], _NoTransport(), torch.device("cpu"))
+    try:
+        train(probe)
+    except _Prepared:
+        pass
+    if probe.layout is None:
+        raise SettingsError(f"train is {settings.train!r}, but that function never calls session.prepare")
+    return probe.layout
+
+
+class _NoTransport:
+    def call(self, frame: Any) -> Any:
+        raise AssertionError("a probe sends nothing")
+
+
+def _frame_bytes(layout: Layout, compressors: Sequence[Compressor], direction: str) -> int:
+    """Bytes of a whole frame, measured by encoding random values."""
+    generator = torch.Generator().manual_seed(0)
+    bodies = []
+    for place, compressor in zip(layout.segments, compressors, strict=True):
+        vector = torch.randn(place.numel, generator=generator, dtype=layout.dtype)
+        bodies.append(compressor.encode(vector, compressor.init(place.numel), 0)[0])
+    if direction == "up":
+        return (
+            Push(1, 1, 1, 1, statistics=bytes(STATISTICS_LIMIT), bodies=tuple(bodies), layout=layout.hash)
+            .pack()
+            .size
+        )
+    return Entry(1, 1, bodies=tuple(bodies), layout=layout.hash).pack().size

@@ -1,0 +1,93 @@
+"""The ``carryover`` command."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deploy.checking import describe
+from deploy.importing import function
+from deploy.launch import launch
+from deploy.report import write_report
+from deploy.settings import load
+from protocol.errors import CarryoverError, SettingsError
+
+FAILED, INVALID, INTERRUPTED = 1, 2, 130  # exit statuses beside 0
+
+app = typer.Typer(
+    help="Train over slow links: compressed updates with error feedback, through a parameter server on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunFile = Annotated[
+    Path, typer.Argument(metavar="RUN.yaml", help="Settings file of the run.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings to change, as in rounds=100.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of Carryover's own errors.")]
+
+
+@app.command()
+def train(
+    file: RunFile,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster; by default a Ray of the run's own.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Train a model and write a run directory."""
+    settings = load(file, overrides or ())
+    function(settings.train)  # fail before anything is started
+    launch(settings.train, settings, address)
+
+
+@app.command()
+def check(file: RunFile, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Validate settings; print them resolved, with memory and bytes per round. Trains nothing."""
+    settings = load(file, overrides or ())
+    typer.echo(describe(settings, function(settings.train)))
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR ...", help="Run directories.", show_default=False)
+    ],
+    debug: Debug = False,
+) -> None:
+    """Write report.html of a run, or a comparison of several runs."""
+    typer.echo(write_report(run_dirs))
+
+
+def main() -> None:
+    """Entry point: errors are one sentence, tracebacks only of the user's own code or with --debug."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except KeyboardInterrupt:
+        _say("stopped by Ctrl-C; what was done is saved")
+        sys.exit(INTERRUPTED)
+    except CarryoverError as error:
+        notes = "".join(getattr(error, "__notes__", ()))
+        if debug:
+            traceback.print_exc()
+        elif notes:
+            sys.stderr.write(notes)
+        _say(str(error))
+        sys.exit(INVALID if isinstance(error, SettingsError) else FAILED)
+
+
+def _say(text: str) -> Any:
+    typer.echo(f"carryover: {text}", err=True)
+
+
+if __name__ == "__main__":
+    main()
