@@ -95,9 +95,7 @@ def main() -> None:
     milliseconds = measure(calls, options.repeats)
     middle = {name: median(times) for name, times in milliseconds.items()}
 
-    print(
-        f"{options.numel:,} float32, {RATIO:.0%} selected, one core, {options.repeats} rounds, torch {torch.__version__}"
-    )
+    print(f"{options.numel:,} float32, {RATIO:.0%} selected, one core, medians of {options.repeats} rounds")
     print(f"{'':16}{'median ms':>10}{'min ms':>10}{'to torch.topk':>15}{'to numpy add':>14}{'bytes':>14}")
     for name, times in milliseconds.items():
         size = f"{calls[name]().size:,}" if name in OURS else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from protocol.layout import Layout
 from protocol.messages import STATISTICS_LIMIT, Entry, Push
 from protocol.spec import compressors_for
 from workers import Session
+from workers.replica import Replica
 
 WORKER_VECTORS = 5  # replica, residual, its spare, start of the round, update
 SERVER_VECTORS = 4  # replica, residual, its spare, sum
@@ -32,13 +34,11 @@ class _Probe(Session):
 
     def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
         """Take note of the layout and stop."""
-        from workers.replica import Replica
-
         self.layout = Replica(model).layout
         raise _Prepared
 
 
-def describe(settings: RunSettings, train: Callable[[Session], Any]) -> str:
+def describe(settings: RunSettings, train: Callable[..., Any]) -> str:
     """The resolved settings, then memory and bytes per round for the model that ``train`` prepares.
 
     The training function runs up to ``session.prepare`` and no further.
@@ -64,12 +64,10 @@ def describe(settings: RunSettings, train: Callable[[Session], Any]) -> str:
     return "\n".join(lines)
 
 
-def _layout(settings: RunSettings, train: Callable[[Session], Any]) -> Layout:
+def _layout(settings: RunSettings, train: Callable[..., Any]) -> Layout:
     probe = _Probe(plans(settings)[1][0], _NoTransport(), torch.device("cpu"))
-    try:
-        train(probe)
-    except _Prepared:
-        pass
+    with suppress(_Prepared):
+        train(probe, **settings.arguments)
     if probe.layout is None:
         raise SettingsError(f"train is {settings.train!r}, but that function never calls session.prepare")
     return probe.layout
@@ -89,8 +87,6 @@ def _frame_bytes(layout: Layout, compressors: Sequence[Compressor], direction: s
         bodies.append(compressor.encode(vector, compressor.init(place.numel), 0)[0])
     if direction == "up":
         return (
-            Push(1, 1, 1, 1, statistics=bytes(STATISTICS_LIMIT), bodies=tuple(bodies), layout=layout.hash)
-            .pack()
-            .size
+            Push(1, 1, 1, 1, statistics=bytes(STATISTICS_LIMIT), bodies=tuple(bodies), layout=layout.hash).pack().size
         )
     return Entry(1, 1, bodies=tuple(bodies), layout=layout.hash).pack().size

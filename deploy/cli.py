@@ -25,9 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RunFile = Annotated[
-    Path, typer.Argument(metavar="RUN.yaml", help="Settings file of the run.", show_default=False)
-]
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Settings file of the run.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings to change, as in rounds=100.")
 ]
@@ -38,14 +36,12 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of Carryov
 def train(
     file: RunFile,
     overrides: Overrides = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster; by default a Ray of the run's own.")
-    ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; by default a Ray of the run's own.")] = None,
     debug: Debug = False,
 ) -> None:
     """Train a model and write a run directory."""
     settings = load(file, overrides or ())
-    function(settings.train)  # fail before anything is started
+    function(settings.train, settings.arguments)  # fail before anything is started
     launch(settings.train, settings, address)
 
 
@@ -53,14 +49,12 @@ def train(
 def check(file: RunFile, overrides: Overrides = None, debug: Debug = False) -> None:
     """Validate settings; print them resolved, with memory and bytes per round. Trains nothing."""
     settings = load(file, overrides or ())
-    typer.echo(describe(settings, function(settings.train)))
+    typer.echo(describe(settings, function(settings.train, settings.arguments)))
 
 
 @app.command()
 def report(
-    run_dirs: Annotated[
-        list[Path], typer.Argument(metavar="RUN_DIR ...", help="Run directories.", show_default=False)
-    ],
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR ...", help="Run directories.", show_default=False)],
     debug: Debug = False,
 ) -> None:
     """Write report.html of a run, or a comparison of several runs."""

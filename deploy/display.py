@@ -189,9 +189,7 @@ class Display:
         suffix = {"up": "x", "down": "x"}
         shown = [(_one_line(str(name)), number_text(value)) for name, value in self._reported.items()]
         return shown + [
-            (name, f"{number_text(value)}{suffix.get(name, '')}")
-            for name, value in values.items()
-            if value is not None
+            (name, f"{number_text(value)}{suffix.get(name, '')}") for name, value in values.items() if value is not None
         ]
 
     def _write_line_if_due(self, version: int) -> None:
@@ -226,9 +224,7 @@ class Display:
         head.add_column(no_wrap=True)
         head.add_column(no_wrap=True)
         bar = ProgressBar(total=max(1, self._rounds), completed=min(version, self._rounds))
-        head.add_row(
-            Text(self._name, style="bold"), bar, Text(f"{version}/{self._rounds}"), Text(", ".join(times))
-        )
+        head.add_row(Text(self._name, style="bold"), bar, Text(f"{version}/{self._rounds}"), Text(", ".join(times)))
         # No-break spaces keep a name and its value on one line of a narrow terminal.
         facts = Text("   ").join(
             Text.assemble((name.replace(" ", "\u00a0"), "dim"), "\u00a0", (value, "bold"))

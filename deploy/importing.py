@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,15 @@ import workers
 from protocol.errors import SettingsError
 
 
-def function(path: str) -> Any:
+def function(path: str, arguments: Mapping[str, Any]) -> Any:
     """The function that ``MODULE:FUNCTION`` names, looked up from the current folder.
 
+    Args:
+        arguments: keyword arguments that it must take beside the session.
+
     Raises:
-        SettingsError: there is no such module or function, or the folder shadows one of our packages.
+        SettingsError: there is no such module or function, it does not take the arguments, or the folder
+            shadows one of our packages.
     """
     folder = Path(os.getcwd())
     _refuse_shadows(folder)
@@ -30,18 +36,18 @@ def function(path: str) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise SettingsError(
-                f"train is {path!r}, but there is no module {error.name!r} in {folder}"
-            ) from None
+            raise SettingsError(f"train is {path!r}, but there is no module {error.name!r} in {folder}") from None
         raise
     found = getattr(module, name, None)
     if not callable(found):
-        known = [
-            n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name
-        ]
+        known = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
         raise SettingsError(
             f"train is {path!r}, but {module.__file__} has no function {name!r}; it has {', '.join(known) or 'none'}"
         )
+    try:
+        inspect.signature(found).bind(None, **arguments)
+    except TypeError as error:
+        raise SettingsError(f"arguments do not fit {path}{inspect.signature(found)}: {error}") from None
     return found
 
 
@@ -52,5 +58,6 @@ def _refuse_shadows(folder: Path) -> None:
         for file in (folder / f"{package.__name__}.py", folder / package.__name__ / "__init__.py"):
             if file.exists() and file.resolve() != ours / "__init__.py":
                 raise SettingsError(
-                    f"{file} has the name of Carryover's package {package.__name__!r}; rename it, or run from another folder"
+                    f"{file} has the name of Carryover's package {package.__name__!r}; "
+                    "rename it, or run from another folder"
                 )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from deploy.display import Display
+from deploy.importing import function
 from deploy.local_ray import LocalRay
 from deploy.report import write_report
 from deploy.rundir import RunDirectory, load_model
@@ -86,6 +87,7 @@ def plans(settings: RunSettings) -> tuple[Plan, list[WorkerPlan]]:
             feedback=settings.feedback,
             local_steps=settings.workers.local_steps,
             accumulate=settings.workers.accumulate,
+            arguments=settings.arguments,
             **common,  # type: ignore[arg-type]
         )
         for worker in ids
@@ -99,9 +101,7 @@ class InlineBackend:
     def __init__(self, settings: RunSettings, train: Train) -> None:
         plan, workers = plans(settings)
         self._server = Server(plan, time.monotonic)
-        self._endpoint = (
-            Endpoint(self._server.vitals, settings.metrics) if settings.metrics.port is not None else None
-        )
+        self._endpoint = Endpoint(self._server.vitals, settings.metrics) if settings.metrics.port is not None else None
         self._shell = InlineServer(self._server, plan.workers)
         self._ended: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._cpus, self._train, self._seen = settings.workers.cpus, train, 0
@@ -169,17 +169,16 @@ class RayBackend:
             self.close()
             raise
 
-    def _start(
-        self, settings: RunSettings, plan: Plan, workers: list[WorkerPlan], train: Train | str
-    ) -> None:
+    def _start(self, settings: RunSettings, plan: Plan, workers: list[WorkerPlan], train: Train | str) -> None:
         concurrency = 4 * settings.workers.count + 16
-        server_class = ray.remote(num_cpus=1, max_restarts=0, max_concurrency=concurrency)(ServerActor)
-        self._server = server_class.remote(plan, settings.metrics)
+        server_class: Any = ray.remote(ServerActor)
+        self._server = server_class.options(num_cpus=1, max_concurrency=concurrency).remote(plan, settings.metrics)
         self._actors.append(self._server)
         _get(self._server.metrics_port.remote())
-        worker_class = ray.remote(num_cpus=settings.workers.cpus, num_gpus=settings.workers.gpus)(WorkerActor)
+        worker_class: Any = ray.remote(WorkerActor)
+        needs = {"num_cpus": settings.workers.cpus, "num_gpus": settings.workers.gpus}
         for worker in workers:
-            actor = worker_class.remote(worker, self._server, settings.workers.cpus, os.getcwd())
+            actor = worker_class.options(**needs).remote(worker, self._server, settings.workers.cpus, os.getcwd())
             self._actors.append(actor)
             self._runs[actor.run.remote(train)] = worker.worker
 
@@ -306,9 +305,8 @@ class _Run:
 
     def _backend(self, train: Train | str, address: str | None) -> Backend:
         if self.settings.backend == "inline":
-            from deploy.importing import function
-
-            return InlineBackend(self.settings, function(train) if isinstance(train, str) else train)
+            found = function(train, self.settings.arguments) if isinstance(train, str) else train
+            return InlineBackend(self.settings, found)
         return RayBackend(self.settings, train, address)
 
     def _watch(self, backend: Backend) -> None:

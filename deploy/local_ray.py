@@ -40,7 +40,7 @@ class LocalRay:
         except (RuntimeError, OSError, ValueError) as error:
             self.close()
             raise RunFailed(f"Ray did not start on this machine: {error}") from None
-        bound = ray.util.get_node_ip_address()
+        bound: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         if bound != "127.0.0.1":
             self.close()
             raise RunFailed(f"Ray {ray.__version__} bound {bound} although it was told to stay on 127.0.0.1")

@@ -126,9 +126,7 @@ def reported_plot(runs: Runs, quantity: str) -> Plot:
     keys = ("reported", quantity)
     panels = [
         Panel("against rounds", _curves(runs, keys), from_zero=False),
-        Panel(
-            "against bytes sent, both ways", _curves(runs, keys, _wire_bytes), from_zero=False, in_bytes=True
-        ),
+        Panel("against bytes sent, both ways", _curves(runs, keys, _wire_bytes), from_zero=False, in_bytes=True),
     ]
     return _plot(quantity, "Mean over the workers, weighted by their samples.", panels)
 
@@ -196,9 +194,7 @@ def _curves(runs: Runs, keys: tuple[str, ...], x: Callable[[Row], float] = _roun
                 own = [(at, [value[worker]]) for at, value in found if worker in value]
                 curves.append(_curve(f"worker {worker}", look, own, False))
         else:
-            each = [
-                (at, list(value.values()) if isinstance(value, Mapping) else [value]) for at, value in found
-            ]
+            each = [(at, list(value.values()) if isinstance(value, Mapping) else [value]) for at, value in found]
             curves.append(_curve(label if len(runs) > 1 else "", index, each, len(ids) > 0))
     return [curve for curve in curves if curve.x.size or curve.left_out]
 

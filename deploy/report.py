@@ -55,9 +55,7 @@ def write_plot(run_dirs: Sequence[Path], quantity: str, out_png: Path) -> Path:
     rows = {run.label: run.rows for run in _read_runs(run_dirs)}
     known = quantities(rows)
     if quantity not in known:
-        raise SettingsError(
-            f"no run reported {quantity!r}; reported were: {', '.join(known) or 'no quantities'}"
-        )
+        raise SettingsError(f"no run reported {quantity!r}; reported were: {', '.join(known) or 'no quantities'}")
     out_png.parent.mkdir(parents=True, exist_ok=True)
     to_png(reported_plot(rows, quantity), out_png)
     return out_png
@@ -67,8 +65,7 @@ def read_run(path: Path, label: str | None = None) -> Run:
     """Read a run directory, finished or not; gaps become notes, a folder of another kind a SettingsError."""
     if not any((path / name).is_file() for name in ("metrics.jsonl", "config.yaml")):
         raise SettingsError(
-            f"{path} is not a run directory: expected a folder with metrics.jsonl and config.yaml, "
-            "such as runs/NAME"
+            f"{path} is not a run directory: expected a folder with metrics.jsonl and config.yaml, such as runs/NAME"
         )
     notes: list[str] = []
     rows = _read_rows(path / "metrics.jsonl", notes)
@@ -134,9 +131,7 @@ def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        notes.append(
-            "There is no summary.json: the run is still going or died. Figures are those of its last round."
-        )
+        notes.append("There is no summary.json: the run is still going or died. Figures are those of its last round.")
         return {}
     except ValueError:
         summary = None
@@ -248,9 +243,7 @@ def _settings(runs: Sequence[Run]) -> list[str]:
         keys = list(dict.fromkeys(key for own in flat.values() for key in own))
         varied = [key for key in keys if len({own.get(key) for own in flat.values()}) > 1]
         if varied:
-            cells = [
-                [escape(label), *(escape(own.get(key, "")) for key in varied)] for label, own in flat.items()
-            ]
+            cells = [[escape(label), *(escape(own.get(key, "")) for key in varied)] for label, own in flat.items()]
             sections.append("<p>What differs between the runs:</p>" + _table(["run", *varied], cells))
     folded = "" if len(runs) > 1 else " open"
     for run in runs:

@@ -36,9 +36,7 @@ class RunDirectory:
             (self.path / CONFIG).write_text(resolved(settings))
             self._metrics: TextIO = (self.path / METRICS).open("w")
         except OSError as error:
-            raise SettingsError(
-                f"storage.dir {settings.storage.dir} cannot be written: {error.strerror}"
-            ) from None
+            raise SettingsError(f"storage.dir {settings.storage.dir} cannot be written: {error.strerror}") from None
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append one line a round."""

@@ -22,6 +22,7 @@ class RunSettings(Strict):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of the run directory
     train: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")  # MODULE:FUNCTION
+    arguments: dict[str, Any] = {}  # keyword arguments of the training function, beside the session
     rounds: PositiveInt = 400  # versions of the model
     seed: NonNegativeInt = 0
     backend: Literal["ray", "inline"] = "ray"
@@ -67,13 +68,9 @@ class RunSettings(Strict):
 
     def _check_gradient(self) -> None:
         if self.feedback.kind == "saef":
-            raise ValueError(
-                "feedback.kind saef needs send: difference, since it steps ahead by a model difference"
-            )
+            raise ValueError("feedback.kind saef needs send: difference, since it steps ahead by a model difference")
         if self.workers.local_steps > 1:
-            raise ValueError(
-                "workers.local_steps must be 1 with send: gradient; several steps need send: difference"
-            )
+            raise ValueError("workers.local_steps must be 1 with send: gradient; several steps need send: difference")
         if self.server.optimizer.kind != "sum":
             raise ValueError(
                 "server.optimizer must be sum with send: gradient, where the server runs the user's optimizer"
@@ -100,13 +97,9 @@ def load(path: Path, overrides: Iterable[str] = ()) -> RunSettings:
     except OSError as error:
         raise SettingsError(f"the settings file {path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise SettingsError(
-            f"the settings file {path} is not valid YAML: {' '.join(str(error).split())}"
-        ) from None
+        raise SettingsError(f"the settings file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise SettingsError(
-            f"the settings file {path} holds {type(values).__name__}; valid is a map of settings"
-        )
+        raise SettingsError(f"the settings file {path} holds {type(values).__name__}; valid is a map of settings")
     for override in overrides:
         _override(values, override)
     return validate(values)
@@ -146,12 +139,10 @@ def _sentence(error: ValidationError) -> str:
     key, value = ".".join(place), first.get("input")
     match first["type"]:
         case "extra_forbidden":
-            known = ", ".join(_siblings(place, error, first["loc"]))
-            return f"{key} is not a setting; valid {'in ' + '.'.join(place[:-1]) if place[1:] else 'at the top'} are {known}"
+            where = "in " + ".".join(place[:-1]) if place[1:] else "at the top"
+            return f"{key} is not a setting; valid {where} are {', '.join(_siblings(place))}"
         case "missing":
-            return f"{key} is missing; every run needs it" + (
-                ", as in MODULE:FUNCTION" if key == "train" else ""
-            )
+            return f"{key} is missing; every run needs it" + (", as in MODULE:FUNCTION" if key == "train" else "")
         case "value_error":
             text = str(first["ctx"]["error"])
             return f"{key}: {text}" if key else text
@@ -165,16 +156,13 @@ def _sentence(error: ValidationError) -> str:
             return f"{key} is {value!r}; {first['msg'][0].lower() + first['msg'][1:]}"
 
 
-def _siblings(place: list[str], error: ValidationError, location: tuple[int | str, ...]) -> list[str]:
+def _siblings(place: list[str]) -> list[str]:
     """The settings that are valid beside an unknown one."""
-    from workers.settings import ErrorFeedback, NoFeedback
-
-    kinds = {"none": NoFeedback, "ef": ErrorFeedback, "saef": StepAhead}
+    if place[0] == "feedback":
+        return list(StepAhead.model_fields)
     model: Any = RunSettings
-    for part in location[:-1]:
-        model = kinds[str(part)] if part in kinds else model.model_fields[str(part)].annotation
-        if not hasattr(model, "model_fields"):
-            continue
+    for part in place[:-1]:
+        model = model.model_fields[part].annotation
     return list(model.model_fields)
 
 

@@ -198,9 +198,7 @@ class TopK:
         indices, squares = self._select(vector, residual, total)
         _check(squares)
         values = total[indices].cpu().numpy()
-        body, sent = segment.pack_sparse(
-            _code_for(self.values, vector), vector.numel(), indices.cpu().numpy(), values
-        )
+        body, sent = segment.pack_sparse(_code_for(self.values, vector), vector.numel(), indices.cpu().numpy(), values)
         if out is not None:
             if out is not total:
                 out.copy_(total)

@@ -45,9 +45,7 @@ def _whole(value: Any) -> bool:
 
 
 def _weights(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        _whole(k) and isinstance(a, float) and 0 < a <= 1 for k, a in value.items()
-    )
+    return isinstance(value, dict) and all(_whole(k) and isinstance(a, float) and 0 < a <= 1 for k, a in value.items())
 
 
 def _field(key: int, valid: Callable[[Any], bool], **default: Any) -> Any:
@@ -95,9 +93,7 @@ class Message:
             if key in given:
                 value = given.pop(key)
                 if not field.metadata["valid"](value):
-                    raise DecodeError(
-                        f"field {field.name!r} of a {cls.__name__} message is malformed: {value!r:.80}"
-                    )
+                    raise DecodeError(f"field {field.name!r} of a {cls.__name__} message is malformed: {value!r:.80}")
                 values[field.name] = value
             elif field.default is dataclasses.MISSING:
                 raise DecodeError(f"a {cls.__name__} message lacks its field {field.name!r}")
@@ -143,9 +139,7 @@ class Push(Message):
     statistics: bytes = _field(5, _is(bytes), default=b"")
     names: list[str] | None = _field(6, _optional(_is(list)), default=None)  # newly reported quantities
     digest: int | None = _field(7, _optional(_whole), default=None)  # of the replica at ``version``
-    options: list[dict[str, Any]] | None = _field(
-        8, _optional(_is(list)), default=None
-    )  # optimizer, by group
+    options: list[dict[str, Any]] | None = _field(8, _optional(_is(list)), default=None)  # optimizer, by group
     skipped: int = _field(9, _whole, default=0)  # optimizer steps that did not happen
 
 
@@ -229,9 +223,7 @@ def updates(message: Message, layout: Layout) -> tuple[Update, ...]:
         DecodeError: a body is not valid for its segment; the message names the segment.
     """
     if len(message.bodies) != len(layout.segments):
-        raise DecodeError(
-            f"the message has {len(message.bodies)} segments where the layout has {len(layout.segments)}"
-        )
+        raise DecodeError(f"the message has {len(message.bodies)} segments where the layout has {len(layout.segments)}")
     decoded = []
     for body, place in zip(message.bodies, layout.segments, strict=True):
         try:

@@ -117,9 +117,7 @@ def pack_dense(code: ValueCode, values: Floats) -> tuple[U8, Floats]:
     return _join(_head(ALL, code, values.dtype, values.size), data), sent
 
 
-def pack_sparse(
-    code: ValueCode, numel: int, indices: npt.NDArray[np.int64], values: Floats
-) -> tuple[U8, Floats]:
+def pack_sparse(code: ValueCode, numel: int, indices: npt.NDArray[np.int64], values: Floats) -> tuple[U8, Floats]:
     """The body that sends ``values`` (none of them zero) at ascending ``indices``."""
     if not values.size:
         return _join(_head(NOTHING, code, values.dtype, numel)), values

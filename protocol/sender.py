@@ -85,9 +85,7 @@ class Sender:
             NotFiniteError: the sum holds NaN or Inf; the message names the first such tensor.
         """
         bodies, norms = [], Norms()
-        for number, (place, compressor) in enumerate(
-            zip(self.layout.segments, self.compressors, strict=True)
-        ):
+        for number, (place, compressor) in enumerate(zip(self.layout.segments, self.compressors, strict=True)):
             span = slice(place.start, place.stop)
             try:
                 body, _ = compressor.encode(

@@ -21,7 +21,7 @@ U8 = npt.NDArray[np.uint8]
 
 def digest(w: Tensor) -> int:
     """63 bits of a replica, fast: equal for replicas that are equal bit for bit."""
-    return xxhash.xxh3_64_intdigest(w.cpu().numpy()) >> 1
+    return xxhash.xxh3_64_intdigest(w.cpu().numpy().data) >> 1
 
 
 def fingerprint(layout: Layout, w: Tensor) -> str:

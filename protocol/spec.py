@@ -62,8 +62,7 @@ def compressor(spec: str) -> Compressor:
         values = [name for name, _, _ in rest] or ["none"]
         if len(values) > 1 or values[0] not in SELECTED:
             raise SettingsError(
-                f"compressor {spec!r} has {'+'.join(values)!r} after {first!r}; "
-                f"valid is one of {', '.join(SELECTED)}"
+                f"compressor {spec!r} has {'+'.join(values)!r} after {first!r}; valid is one of {', '.join(SELECTED)}"
             )
         return TopK(ratio, values[0])
     if first in DENSE and not rest:
@@ -89,9 +88,7 @@ def compressors_for(layout: Layout, spec: str, overrides: Mapping[str, str]) -> 
     names = [segment.entry.name for segment in layout.segments]
     for glob in overrides:
         if not any(fnmatchcase(name, glob) for name in names):
-            raise SettingsError(
-                f"overrides has {glob!r}, which matches no tensor; the model has {', '.join(names)}"
-            )
+            raise SettingsError(f"overrides has {glob!r}, which matches no tensor; the model has {', '.join(names)}")
     chosen = []
     for segment in layout.segments:
         default = BUFFERS if segment.entry.role == "buffer" else spec

@@ -63,7 +63,7 @@ def pack(kind: int, layout: bytes, fields: dict[int, Any], bodies: Sequence[U8] 
     for part in (np.frombuffer(table, np.uint8), *bodies):
         frame[at : at + part.size] = part
         at += part.size
-    CRC.pack_into(frame.data, at, zlib.crc32(frame[:at]))
+    CRC.pack_into(frame.data, at, zlib.crc32(frame[:at].data))
     return frame
 
 
@@ -75,18 +75,16 @@ def unpack(frame: U8) -> Frame:
     """
     if frame.size < HEADER.size + CRC.size:
         raise DecodeError(f"a frame of {frame.size} bytes is truncated: the header alone takes {HEADER.size}")
-    magic, version, kind, zero, layout, table_size, body_size = HEADER.unpack_from(frame[: HEADER.size])
+    magic, version, kind, zero, layout, table_size, body_size = HEADER.unpack_from(frame.data)
     if magic != MAGIC:
         raise DecodeError(f"the frame begins with {bytes(magic)!r} instead of {MAGIC!r}")
     if version != FORMAT_VERSION:
-        raise DecodeError(
-            f"the frame has format version {version}; this side speaks version {FORMAT_VERSION}"
-        )
+        raise DecodeError(f"the frame has format version {version}; this side speaks version {FORMAT_VERSION}")
     expected = HEADER.size + table_size + body_size + CRC.size
     if frame.size != expected:
         raise DecodeError(f"the frame has {frame.size} bytes where its header announces {expected}")
-    (announced,) = CRC.unpack_from(frame[-CRC.size :])
-    if zero or zlib.crc32(frame[: -CRC.size]) != announced:
+    (announced,) = CRC.unpack_from(frame[-CRC.size :].data)
+    if zero or zlib.crc32(frame[: -CRC.size].data) != announced:
         raise DecodeError("the frame was altered on its way: its CRC does not match")
     split = HEADER.size + table_size
     try:

@@ -54,7 +54,8 @@ class ServerActor:
         """
         ticket = next(self._tickets)
         loop = asyncio.get_running_loop()
-        self._waiting[ticket] = answer = loop.create_future()
+        answer: asyncio.Future[list[Any]] = loop.create_future()
+        self._waiting[ticket] = answer
         try:
             answers = await loop.run_in_executor(self._thread, self._server.receive, frame, ticket)
         except BaseException as error:

@@ -83,14 +83,12 @@ def _read(vitals: Vitals) -> Iterator[Metric]:
     yield dense
     yield ratio
 
-    phases = HistogramMetricFamily(
-        "carryover_phase_seconds", "Duration of the phases of a round.", labels=("phase",)
-    )
+    phases = HistogramMetricFamily("carryover_phase_seconds", "Duration of the phases of a round.", labels=("phase",))
     for phase, histogram in sorted(vitals.phases.items()):
-        running, buckets = 0, []
+        running, buckets = 0.0, []
         for bound, count in zip([*map(str, BUCKETS), "+Inf"], histogram.counts, strict=True):
             running += count
-            buckets.append((bound, float(running)))
+            buckets.append((bound, running))
         phases.add_metric([phase], buckets, histogram.total)
     yield phases
 
@@ -130,8 +128,8 @@ def _read(vitals: Vitals) -> Iterator[Metric]:
     yield conservation
 
     reported = _gauge("reported", "What the training function reported, the mean over workers.", ("name",))
-    for name, value in sorted(vitals.reported.items()):
-        reported.add_metric([name], value)
+    for name, mean in sorted(vitals.reported.items()):
+        reported.add_metric([name], mean)
     yield reported
 
 

@@ -70,9 +70,7 @@ class TorchOptimizer:
         try:
             self.optimizer: torch.optim.Optimizer = optimizer_class(kind)(arguments)
         except (TypeError, ValueError) as error:
-            raise SettingsError(
-                f"the server's optimizer {kind!r} does not take these options: {error}"
-            ) from None
+            raise SettingsError(f"the server's optimizer {kind!r} does not take these options: {error}") from None
 
     def step(self, total: Tensor, model: Tensor | None, options: Options | None) -> Tensor:
         """See ``ServerOptimizer``. ``x`` minus the stepped ``x``, elsewhere the sum."""

@@ -129,14 +129,10 @@ class Server:
         if self._layout is None:
             self._layout = layout
         if layout.hash != self._layout.hash:
-            raise Refused(
-                "layout", f"the model of worker {join.worker} has {self._layout.difference(layout)}"
-            )
+            raise Refused("layout", f"the model of worker {join.worker} has {self._layout.difference(layout)}")
         if self.state is None and join.worker not in self.plan.workers:
             known = ", ".join(map(str, self.plan.workers))
-            raise Refused(
-                "member", f"worker {join.worker} is not one of this run's workers, which are {known}"
-            )
+            raise Refused("member", f"worker {join.worker} is not one of this run's workers, which are {known}")
         self._joining.setdefault(join.worker, _Waiting(join, ())).tickets.append(ticket)
         if self.state is None and set(self.plan.workers) <= self._joining.keys():
             self._start(layout)
@@ -168,9 +164,7 @@ class Server:
             return []
         whole = Welcome(state.version, state.position, state.weights, layout=state.layout.hash)
         bodies = snapshot.pack(state.layout, state.w, state.statics)
-        full = Welcome(
-            state.version, state.position, state.weights, bodies=bodies, layout=state.layout.hash
-        ).pack()
+        full = Welcome(state.version, state.position, state.weights, bodies=bodies, layout=state.layout.hash).pack()
         for worker, waiting in sorted(self._joining.items()):
             assert isinstance(waiting.message, Join)
             held = waiting.message.version
@@ -211,9 +205,7 @@ class Server:
             if isinstance(message, Push):
                 messages.unpack_statistics(message.statistics)
         except DecodeError as error:
-            raise Refused(
-                "segment", f"the message of worker {message.worker} is not valid: {error}"
-            ) from None
+            raise Refused("segment", f"the message of worker {message.worker} is not valid: {error}") from None
         self.vitals.wire["uplink", kind] += size
         waiting[message.worker] = _Waiting(message, decoded, [ticket])
         return self._close_if_complete()
@@ -312,9 +304,7 @@ class Server:
             try:
                 updates = messages.updates(leave, state.layout)
             except DecodeError as error:
-                raise Refused(
-                    "segment", f"worker {leave.worker} handed over no valid residual: {error}"
-                ) from None
+                raise Refused("segment", f"worker {leave.worker} handed over no valid residual: {error}") from None
             handed = Contribution(leave.worker, state.sequences.get(leave.worker, 0), updates)
             self.vitals.handed_over += 1
         if leave.cause == "not_finite":

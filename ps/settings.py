@@ -31,7 +31,7 @@ class ServerSettings(Strict):
     """How rounds are closed and what is done with their sum."""
 
     mode: Literal["sync"] = "sync"
-    quorum: Literal[1.0] = 1.0  # share of the workers that closes a round
+    quorum: float = Field(default=1.0, ge=1.0, le=1.0)  # share of the workers that closes a round
     buffer: None = None  # pushes a fold, asynchronous mode only
     shards: Literal[1] = 1
     optimizer: OptimizerSettings = OptimizerSettings()

@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from protocol.layout import Layout
-from protocol.ledger import sketch_update
-from protocol.messages import Entry, U8
+from protocol.messages import U8, Entry
 from protocol.segment import Update
 from protocol.sender import Sender
 from ps.log import Log

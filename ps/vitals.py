@@ -145,9 +145,7 @@ class Vitals:
 
     def conservation(self) -> float:
         """The largest conservation error of any sender."""
-        return max(
-            [self.server_conservation, *(w.latest.get(Stat.CONSERVATION, 0.0) for w in self.workers.values())]
-        )
+        return max([self.server_conservation, *(w.latest.get(Stat.CONSERVATION, 0.0) for w in self.workers.values())])
 
     def summary(self) -> dict[str, Any]:
         """The keys of ``summary.json`` that the server knows."""

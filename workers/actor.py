@@ -51,8 +51,9 @@ class WorkerActor:
 
     def run(self, train: Train | str) -> Outcome:
         """Train; ``train`` is a function, or where to import it from."""
-        if isinstance(train, str):
-            module, _, function = train.partition(":")
-            train = getattr(importlib.import_module(module), function)
+        function = train
+        if isinstance(function, str):
+            module, _, name = function.partition(":")
+            function = getattr(importlib.import_module(module), name)
         device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-        return run(train, self._plan, self._transport, self._cpus, device)
+        return run(function, self._plan, self._transport, self._cpus, device)

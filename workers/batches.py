@@ -41,9 +41,7 @@ class Samples:
                 f"session.batches got a {type(dataset).__name__}; valid is a map-style data set with len() and indexing"
             )
         if not 0 < size <= len(dataset):
-            raise SettingsError(
-                f"batch_size {size} is not between 1 and the data set's {len(dataset)} samples"
-            )
+            raise SettingsError(f"batch_size {size} is not between 1 and the data set's {len(dataset)} samples")
         self.dataset = dataset
         self.size = size
         self._seed = seed
@@ -71,9 +69,7 @@ class Samples:
     def _shuffle(self, epoch: int) -> None:
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = np.random.default_rng(seed_of(self._seed, "epoch", epoch)).permutation(
-                len(self.dataset)
-            )
+            self._order = np.random.default_rng(seed_of(self._seed, "epoch", epoch)).permutation(len(self.dataset))
 
 
 def seed_of(*parts: int | str) -> int:

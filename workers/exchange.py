@@ -52,9 +52,7 @@ class Exchange:
     def push(self, version: int, samples: int, bodies: Bodies, **fields: Any) -> Entry:
         """Push the next update; the answer is the entry that folds it."""
         self.sequence += 1
-        push = Push(
-            self._worker, self.sequence, version, samples, **fields, bodies=bodies, layout=self._layout.hash
-        )
+        push = Push(self._worker, self.sequence, version, samples, **fields, bodies=bodies, layout=self._layout.hash)
         entry = self._expect(self._call(push), Entry)
         if entry.version != version + 1:
             raise DecodeError(f"the answer to a push at version {version} is entry {entry.version}")

@@ -30,7 +30,7 @@ class Replica:
     def __init__(self, model: torch.nn.Module) -> None:
         parameters, buffers = list(model.named_parameters()), list(model.named_buffers())
         self.layout = layout_of(parameters, buffers)
-        self._tensors = {name: tensor for name, tensor in [*parameters, *buffers]}
+        self._tensors = dict([*parameters, *buffers])
         self._parameters = parameters
         self._trained = [parameter.requires_grad for _, parameter in parameters]
         places = self.layout.segments
@@ -42,9 +42,7 @@ class Replica:
     def trained(self) -> list[tuple[str, Tensor]]:
         """The parameters that are exchanged, by name."""
         return [
-            (s.entry.name, self._tensors[s.entry.name])
-            for s in self.layout.segments
-            if s.entry.role == "parameter"
+            (s.entry.name, self._tensors[s.entry.name]) for s in self.layout.segments if s.entry.role == "parameter"
         ]
 
     @torch.no_grad()

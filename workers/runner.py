@@ -17,7 +17,7 @@ from workers.batches import seed_everything
 from workers.exchange import Transport
 from workers.session import Session, WorkerPlan
 
-Train = Callable[[Session], Any]
+Train = Callable[..., Any]  # (session, **arguments)
 
 
 @dataclass
@@ -48,7 +48,7 @@ def run(train: Train, plan: WorkerPlan, transport: Transport, cpus: int, device:
     session = Session(plan, transport, device)
     try:
         seed_everything(plan.seed, "start")  # the same on every rank, so that data is split alike
-        train(session)
+        train(session, **plan.arguments)
         if not session.finished:
             raise RunFailed(
                 f"the training function of worker {plan.worker} returned at version {session.version}, before the "

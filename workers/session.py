@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class WorkerPlan:
         send: ``difference`` or ``gradient``.
         uplink: compressor specification.
         sketch_every: rounds between checks of the ledger and of the replica.
+        arguments: keyword arguments of the training function.
     """
 
     worker: int
@@ -48,6 +49,7 @@ class WorkerPlan:
     local_steps: int
     accumulate: int
     sketch_every: int
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 class Session:
@@ -176,9 +178,7 @@ class Session:
         Afterwards its tensors and modes are what they were.
         """
         if self._replica is None:
-            raise SettingsError(
-                "session.evaluating needs a model; call session.prepare(model, optimizer) first"
-            )
+            raise SettingsError("session.evaluating needs a model; call session.prepare(model, optimizer) first")
         kept = self._replica.read(torch.empty_like(self._replica.w))
         modes = {module: module.training for module in model.modules()}
         self._replica.show(self._replica.w)

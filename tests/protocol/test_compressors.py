@@ -311,8 +311,10 @@ def test_decode_refuses_any_other_size(spec, given_, other):
 
 @every_spec
 @laws(12)
-@given(data=st.data(), place_residual=st.booleans(), separate=st.booleans())
-def test_an_update_that_is_not_finite_is_refused_and_nothing_changes(spec, data, place_residual, separate):
+@given(
+    data=st.data(), place_residual=st.booleans(), out=st.sampled_from(["residual", "its alias", "another"])
+)
+def test_an_update_that_is_not_finite_is_refused_and_nothing_changes(spec, data, place_residual, out):
     dtype = data.draw(st.sampled_from(DTYPES))
     numel = data.draw(st.integers(1, 40))
     vector, residual = data.draw(_vectors(dtype, numel)), data.draw(_vectors(dtype, numel))
@@ -323,9 +325,9 @@ def test_an_update_that_is_not_finite_is_refused_and_nothing_changes(spec, data,
     else:  # each is finite, the sum is not
         vector[place] = residual[place] = torch.finfo(dtype).max
     before, norms = (vector.numpy().tobytes(), residual.numpy().tobytes()), Norms(1.0, 2.0, 3.0)
-    out = torch.zeros_like(vector) if separate else None
+    residual_out = {"residual": None, "its alias": residual[:], "another": torch.zeros_like(vector)}[out]
     with pytest.raises(NotFiniteError):
-        compressor(spec).encode(vector, (), 7, residual, out, norms)
+        compressor(spec).encode(vector, (), 7, residual, residual_out, norms)
     assert (vector.numpy().tobytes(), residual.numpy().tobytes()) == before
     assert norms == Norms(1.0, 2.0, 3.0)
 

@@ -1,0 +1,45 @@
+# Every target does the set-up it needs on a fresh clone and reuses it the next time.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help train test test-faults check format bench figures clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Carryover needs Python 3.11 or newer; set PYTHON=python3.11")'
+	@echo "setting up $(VENV) (once; torch and ray take a few minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples]'
+	@touch $@
+
+train: $(READY)  ## train examples/digits.yaml with 4 workers
+	@$(BIN)/carryover train examples/digits.yaml
+
+test: $(READY)  ## run the tests (ten minutes on two cores at most)
+	@$(BIN)/pytest -m "not faults"
+
+test-faults: $(READY)  ## run the tests that kill processes or need root, a browser or a server
+	@$(BIN)/pytest -m faults
+
+check: $(READY)  ## formatting, linting and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(READY)  ## format and fix what can be fixed
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## time encoding against torch.topk
+	@$(BIN)/python benchmarks/encode.py
+
+figures: $(READY)  ## repeat the runs behind the README's table and plot
+	@$(BIN)/python benchmarks/contrast.py
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
