@@ -12,9 +12,8 @@ import typer
 from deploy.checking import describe
 from deploy.importing import function
 from deploy.launch import launch
-from deploy.report import write_report
 from deploy.settings import load
-from protocol.errors import CarryoverError, SettingsError
+from protocol.errors import CarryoverError, RunFailed, SettingsError
 
 FAILED, INVALID, INTERRUPTED = 1, 2, 130  # exit statuses beside 0
 
@@ -58,6 +57,8 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Write report.html of a run, or a comparison of several runs."""
+    from deploy.report import write_report  # matplotlib takes a second that the other commands need not wait for
+
     typer.echo(write_report(run_dirs))
 
 
@@ -70,11 +71,10 @@ def main() -> None:
         _say("stopped by Ctrl-C; what was done is saved")
         sys.exit(INTERRUPTED)
     except CarryoverError as error:
-        notes = "".join(getattr(error, "__notes__", ()))
         if debug:
             traceback.print_exc()
-        elif notes:
-            sys.stderr.write(notes)
+        if isinstance(error, RunFailed) and (debug or not error.expected):
+            sys.stderr.write(error.details)
         _say(str(error))
         sys.exit(INVALID if isinstance(error, SettingsError) else FAILED)
 

@@ -11,19 +11,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 import torch
-from torch import Tensor
 
 from deploy.display import Display
 from deploy.importing import function
 from deploy.local_ray import LocalRay
-from deploy.report import write_report
-from deploy.rundir import RunDirectory, load_model
+from deploy.run import GRACE, Backend, Result, Rows, Run
+from deploy.rundir import RunDirectory
 from deploy.settings import RunSettings, validate
 from protocol.errors import CarryoverError, RunFailed, SettingsError
 from ps.actor import ServerActor
@@ -35,37 +32,8 @@ from workers.runner import Outcome, Train, run
 from workers.session import WorkerPlan
 
 POLL = 0.2  # seconds between looks at a run
-GRACE = 30.0  # seconds for a stopped run to finish its round
 
-Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run has left: its directory and its summary."""
-
-    path: Path
-    summary: dict[str, Any]
-
-    def load_model(self) -> dict[str, Tensor]:
-        """The trained model, for ``load_state_dict``."""
-        return load_model(self.path)
-
-
-class Backend(Protocol):
-    """One way of running the same state machines."""
-
-    def poll(self) -> tuple[Rows, list[Outcome]]:
-        """Wait a moment; the new rows, and the workers that have ended since."""
-
-    def stop(self) -> None:
-        """Let the run end with its next entry."""
-
-    def summary(self) -> dict[str, Any]:
-        """What the server knows."""
-
-    def close(self) -> None:
-        """Leave nothing running."""
+log = logging.getLogger(__name__)
 
 
 def plans(settings: RunSettings) -> tuple[Plan, list[WorkerPlan]]:
@@ -196,10 +164,7 @@ class RayBackend:
             outcome: Outcome = _get(reference)
             return outcome
         except CarryoverError as error:
-            return Outcome(worker, error=str(error))
-        except ray.exceptions.RayError as error:
-            text = str(error).strip().splitlines()[0]
-            return Outcome(worker, error=f"worker {worker} died: {text}")
+            return Outcome(worker, error=f"worker {worker} failed: {error}")
 
     def stop(self) -> None:
         """See ``Backend``."""
@@ -219,23 +184,20 @@ class RayBackend:
 
 
 def _get(reference: Any) -> Any:
-    """``ray.get``, with our own errors as they were raised."""
+    """``ray.get``, with our own errors as they were raised and Ray's as ``RunFailed``."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, CarryoverError):
             raise error.cause from None
         raise
-    except ray.exceptions.ActorDiedError as error:  # a constructor that raised: our error is inside the text
-        raise _unwrap(error) from None
-
-
-def _unwrap(error: Exception) -> Exception:
-    for line in reversed(str(error).splitlines()):
-        name, _, text = line.strip().partition(": ")
-        if name.rpartition(".")[2] == "SettingsError":
-            return SettingsError(text)
-    return RunFailed(f"a process of the run died: {str(error).strip().splitlines()[0]}")
+    except ray.exceptions.RayError as error:
+        lines = str(error).strip().splitlines()
+        for line in reversed(lines):  # a constructor that raised: our error is the last line of Ray's text
+            name, _, text = line.strip().partition(": ")
+            if name.rpartition(".")[2] == SettingsError.__name__:
+                raise SettingsError(text) from None
+        raise RunFailed(f"a process of the run died: {lines[0]}") from None
 
 
 def launch(
@@ -258,109 +220,18 @@ def launch(
         KeyboardInterrupt: after a clean stop; the model of the last round is saved.
     """
     if not isinstance(settings, RunSettings):
-        named = train if isinstance(train, str) else f"{train.__module__.replace('__', '')}:{train.__name__}"
-        settings = validate({"train": named, **settings})
+        if not isinstance(train, str):
+            name = train.__name__ if train.__name__.isidentifier() else "train"
+            settings = {"train": f"{train.__module__}:{name}", **settings}
+        settings = validate({"train": train, **settings})
     directory = RunDirectory(settings)
+
+    def start() -> Backend:
+        if settings.backend == "ray":
+            return RayBackend(settings, train, address)
+        return InlineBackend(settings, function(train, settings.arguments) if isinstance(train, str) else train)
+
+    if observe is not None:
+        return Run(settings, directory, observe, log.warning).result(start)
     with Display(settings.rounds, settings.name) as display:
-        run = _Run(settings, directory, observe or display.update, display.message)
-        summary = run.run(train, address)
-        write_report([directory.path])
-        display.finish(summary, directory.path)
-    if run.failure is not None:
-        raise run.failure
-    return Result(directory.path, summary)
-
-
-class _Run:
-    """One run from start to summary."""
-
-    def __init__(
-        self,
-        settings: RunSettings,
-        directory: RunDirectory,
-        observe: Callable[[Mapping[str, Any]], None],
-        say: Callable[[str], None],
-    ) -> None:
-        self.settings = settings
-        self.directory = directory
-        self.failure: BaseException | None = None
-        self._observe = observe
-        self._say = say
-        self._outcomes: list[Outcome] = []
-
-    def run(self, train: Train | str, address: str | None) -> dict[str, Any]:
-        """Train; the summary, whatever happened."""
-        begun = time.monotonic()
-        known: dict[str, Any] = {}
-        try:
-            backend = self._backend(train, address)
-            try:
-                self._watch(backend)
-                known = backend.summary()
-            finally:
-                backend.close()
-        except (CarryoverError, KeyboardInterrupt) as error:
-            self.failure = self.failure or error
-        return self._summary(known, time.monotonic() - begun)
-
-    def _backend(self, train: Train | str, address: str | None) -> Backend:
-        if self.settings.backend == "inline":
-            found = function(train, self.settings.arguments) if isinstance(train, str) else train
-            return InlineBackend(self.settings, found)
-        return RayBackend(self.settings, train, address)
-
-    def _watch(self, backend: Backend) -> None:
-        left = self.settings.workers.count
-        deadline: float | None = None
-        while left and (deadline is None or time.monotonic() < deadline):
-            try:
-                rows, ended = backend.poll()
-            except KeyboardInterrupt as interrupt:
-                if deadline is not None:
-                    raise
-                self.failure = interrupt
-                self._say("stopping after this round; press Ctrl-C again to stop at once")
-                deadline = time.monotonic() + GRACE
-                backend.stop()
-                continue
-            self.directory.add(rows)
-            for row in rows:
-                self._observe(row)
-            left -= len(ended)
-            self._outcomes += ended
-            failed = [o for o in ended if o.error is not None and not o.stopped]
-            if failed and self.failure is None:
-                self.failure = _failure(failed[0])
-                return
-
-    def _summary(self, known: dict[str, Any], seconds: float) -> dict[str, Any]:
-        good = [o for o in self._outcomes if o.error is None]
-        prints = {o.fingerprint for o in good}
-        if len(prints) > 1 and self.failure is None:
-            self.failure = RunFailed(f"the workers' replicas differ at the end: {', '.join(sorted(prints))}")
-        for outcome in good:
-            if outcome.model is not None:
-                self.directory.save_model(outcome.model)
-        names = sorted({name for o in good for name in o.reported})
-        last = {}
-        for name in names:
-            values = [o.reported[name] for o in good if name in o.reported]
-            last[name] = sum(values) / len(values)
-        interrupted = isinstance(self.failure, KeyboardInterrupt)
-        summary = {
-            "status": "interrupted" if interrupted else "failed" if self.failure else "finished",
-            "rounds": 0,
-            "workers": self.settings.workers.count,
-            "seconds": round(seconds, 3),
-            **known,
-            "fingerprint": min(prints, default=""),
-            "reported": {**known.get("reported", {}), **last},
-        }
-        self.directory.finish(summary)
-        return summary
-
-
-def _failure(outcome: Outcome) -> RunFailed:
-    failure = RunFailed(outcome.error or "")
-    failure.add_note(outcome.traceback)
-    return failure
+        return Run(settings, directory, display.update, display.message).result(start, display.finish)

@@ -60,4 +60,19 @@ class RunStopped(CarryoverError):
 
 
 class RunFailed(CarryoverError):
-    """The run could not do what it was asked."""
+    """The run could not do what it was asked.
+
+    Args:
+        sentence: what went wrong.
+        details: the traceback of the process where it did, if there is one.
+        expected: one of our own errors, of which the sentence says all.
+    """
+
+    def __init__(self, sentence: str, details: str = "", expected: bool = True) -> None:
+        super().__init__(sentence, details, expected)
+        self.sentence = sentence
+        self.details = details
+        self.expected = expected
+
+    def __str__(self) -> str:
+        return self.sentence

@@ -27,6 +27,7 @@ REASONS = ("frame", "layout", "member", "version", "sequence", "segment", "not_f
 """Why a message is refused: the label of ``rejected_messages_total``."""
 
 STATISTICS_LIMIT = 64  # bytes a push, reported values included
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Stat:
@@ -41,11 +42,36 @@ class Stat:
 
 
 def _whole(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _count(value: Any) -> bool:
+    return _whole(value) and value < 2**32  # sums of counts must fit into 63 bits
 
 
 def _weights(value: Any) -> bool:
     return isinstance(value, dict) and all(_whole(k) and isinstance(a, float) and 0 < a <= 1 for k, a in value.items())
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _groups(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(g, dict) and _names(list(g)) for g in value)
+
+
+def _options(value: Any) -> bool:
+    return _groups(value) and not any("params" in group for group in value)
+
+
+def _optimizer(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("kind"), str)
+        and _groups(value.get("groups"))
+        and all(_names(group.get("params")) for group in value["groups"])
+    )
 
 
 def _field(key: int, valid: Callable[[Any], bool], **default: Any) -> Any:
@@ -109,7 +135,7 @@ class Join(Message):
     KIND: ClassVar[int] = 1
     worker: int = _field(1, _whole)
     description: list[Any] = _field(2, _is(list))  # Layout.describe()
-    optimizer: dict[str, Any] | None = _field(3, _optional(_is(dict)), default=None)  # send: gradient only
+    optimizer: dict[str, Any] | None = _field(3, _optional(_optimizer), default=None)  # send: gradient only
     version: int | None = _field(4, _optional(_whole), default=None)  # of a replica that it still holds
 
 
@@ -135,12 +161,12 @@ class Push(Message):
     worker: int = _field(1, _whole)
     sequence: int = _field(2, _whole)
     version: int = _field(3, _whole)  # of the replica that the update was computed from
-    samples: int = _field(4, _whole)
+    samples: int = _field(4, _count)
     statistics: bytes = _field(5, _is(bytes), default=b"")
-    names: list[str] | None = _field(6, _optional(_is(list)), default=None)  # newly reported quantities
+    names: list[str] | None = _field(6, _optional(_names), default=None)  # newly reported quantities
     digest: int | None = _field(7, _optional(_whole), default=None)  # of the replica at ``version``
-    options: list[dict[str, Any]] | None = _field(8, _optional(_is(list)), default=None)  # optimizer, by group
-    skipped: int = _field(9, _whole, default=0)  # optimizer steps that did not happen
+    options: list[dict[str, Any]] | None = _field(8, _optional(_options), default=None)  # optimizer, by group
+    skipped: int = _field(9, _count, default=0)  # optimizer steps that did not happen
 
 
 @dataclass(frozen=True)
@@ -234,8 +260,9 @@ def updates(message: Message, layout: Layout) -> tuple[Update, ...]:
 
 
 def pack_statistics(values: dict[int, float]) -> bytes:
-    """Integer keys and float32 values in at most ``STATISTICS_LIMIT`` bytes."""
-    data: bytes = msgpack.packb(values, use_single_float=True)
+    """Integer keys and float32 values, clamped to its range, in at most ``STATISTICS_LIMIT`` bytes."""
+    clamped = {k: max(-_LARGEST, min(v, _LARGEST)) if math.isfinite(v) else v for k, v in values.items()}
+    data: bytes = msgpack.packb(clamped, use_single_float=True)
     assert len(data) <= STATISTICS_LIMIT, f"{len(values)} statistics take {len(data)} bytes"
     return data
 
@@ -252,7 +279,7 @@ def unpack_statistics(data: bytes) -> dict[int, float]:
         raise DecodeError(f"statistics take {len(data)} bytes; at most {STATISTICS_LIMIT} are allowed")
     try:
         values = msgpack.unpackb(data, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException) as error:
+    except (TypeError, ValueError, msgpack.UnpackException) as error:
         raise DecodeError(f"the statistics are not valid msgpack: {error}") from None
     if not isinstance(values, dict) or not all(_whole(k) and isinstance(v, float) for k, v in values.items()):
         raise DecodeError("the statistics are not a map from whole numbers to floats")

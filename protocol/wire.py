@@ -89,9 +89,9 @@ def unpack(frame: U8) -> Frame:
     split = HEADER.size + table_size
     try:
         fields = msgpack.unpackb(frame[HEADER.size : split], strict_map_key=False)
-    except (ValueError, msgpack.UnpackException) as error:
+    except (TypeError, ValueError, msgpack.UnpackException) as error:  # TypeError: a map or list as key
         raise DecodeError(f"the frame's map is not valid msgpack: {error}") from None
-    if not isinstance(fields, dict) or not all(isinstance(key, int) for key in fields):
+    if not isinstance(fields, dict) or not all(type(key) is int for key in fields):
         raise DecodeError("the frame's map has keys that are not integers")
     bodies = _cut(fields.pop(LENGTHS, b""), frame[split : -CRC.size])
     return Frame(kind, layout, fields, bodies)

@@ -53,8 +53,9 @@ def _read(vitals: Vitals) -> Iterator[Metric]:
     for name, worker in present.items():
         if Stat.ERROR in worker.latest:
             error.add_metric(["worker", name], worker.latest[Stat.ERROR])
-            update.add_metric([name, "before"], worker.latest[Stat.BEFORE])
-            update.add_metric([name, "after"], worker.latest[Stat.SENT])
+        for key, stage in ((Stat.BEFORE, "before"), (Stat.SENT, "after")):
+            if key in worker.latest:
+                update.add_metric([name, stage], worker.latest[key])
     error.add_metric(["server", ""], vitals.server_left**0.5)
     yield error
     yield update

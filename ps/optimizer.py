@@ -66,9 +66,11 @@ class TorchOptimizer:
             name: torch.nn.Parameter(torch.zeros(s.numel, dtype=layout.dtype).reshape(s.entry.shape))
             for name, s in self._places.items()
         }
-        arguments = [{**g, "params": [self._parameters[n] for n in g["params"]]} for g in groups]
         try:
+            arguments = [{**g, "params": [self._parameters[n] for n in g["params"]]} for g in groups]
             self.optimizer: torch.optim.Optimizer = optimizer_class(kind)(arguments)
+        except KeyError as error:
+            raise SettingsError(f"the server's optimizer {kind!r} is of {error}, which is not in the model") from None
         except (TypeError, ValueError) as error:
             raise SettingsError(f"the server's optimizer {kind!r} does not take these options: {error}") from None
 

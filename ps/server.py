@@ -6,8 +6,9 @@ answers it gets back. All calls come from one thread. Time comes from the clock 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -71,17 +72,18 @@ class Server:
     def __init__(self, plan: Plan, clock: Callable[[], float]) -> None:
         self.plan = plan
         self.vitals = Vitals()
-        self.state: ServerState | None = None
+        self.state: ServerState | None = None  # None until all of the plan's workers have joined
         self.finished = False
         self._clock = clock
         self._started = clock()
         self._stopping = False
         self._joining: dict[int, _Waiting] = {}
         self._layout: Layout | None = None  # of the first worker that joined
-        self._pushes: dict[int, _Waiting] = {}
-        self._averages: dict[int, _Waiting] = {}
+        self._founded: ServerState | None = None  # version 0, once rank 0 has joined
+        self._pending: dict[int, _Waiting] = {}  # at most one push or average a worker
         self._leaving: dict[int, Contribution | None] = {}
-        self._answered: dict[int, tuple[int, tuple[U8, ...]]] = {}  # sequence and frames, by worker
+        self._answered: dict[int, tuple[int, U8]] = {}  # the last sequence number and its answer, by worker
+        self._farewells: dict[int, U8] = {}
 
     def receive(self, frame: U8, ticket: Ticket) -> list[Answer]:
         """Take in one frame; the answers that are due because of it, perhaps to other tickets too."""
@@ -89,8 +91,7 @@ class Server:
             try:
                 return self._receive(frame, ticket)
             except Refused as refusal:
-                self.vitals.rejected[refusal.reason] += 1
-                return [self._answer(ticket, "update", Refusal(refusal.reason, refusal.detail).pack())]
+                return self._refuse([ticket], refusal.reason, refusal.detail)
 
     def stop(self) -> list[Answer]:
         """End the run with the next entry; before the first round, at once."""
@@ -98,30 +99,53 @@ class Server:
             self._stopping = True
             if self.state is not None:
                 return []
-            answer = Refusal("finished", "the run was stopped before its first round").pack()
-            tickets = [t for waiting in self._joining.values() for t in waiting.tickets]
-            return [self._answer(ticket, "snapshot", answer) for ticket in tickets]
+            self.finished = True
+            self.vitals.state = "finished"
+            return self._turn_away("the run was stopped before its first round")
 
     def _receive(self, frame: U8, ticket: Ticket) -> list[Answer]:
         try:
             message = messages.parse(frame)
         except DecodeError as error:
+            self.vitals.wire["uplink", "update"] += frame.size
             raise Refused("frame", str(error)) from None
+        repeated = self._repeated(message, ticket)
+        kind = "snapshot" if isinstance(message, Join) else "average" if isinstance(message, Average) else "update"
+        self.vitals.wire["uplink", kind if repeated is None else "resend"] += frame.size
+        if repeated is not None:
+            return repeated
         if isinstance(message, Join):
-            self.vitals.wire["uplink", "snapshot"] += frame.size
             return self._join(message, ticket)
         if isinstance(message, Push | Average):
-            return self._exchange(message, frame.size, ticket)
+            return self._exchange(message, ticket)
         if isinstance(message, Leave):
-            self.vitals.wire["uplink", "update"] += frame.size
             return self._leave(message, ticket)
         raise Refused("frame", f"a server takes no {type(message).__name__} message")
+
+    def _repeated(self, message: Message, ticket: Ticket) -> list[Answer] | None:
+        """What a message that came before gets: the same answer, now or when its round closes."""
+        if isinstance(message, Leave) and message.worker in self._farewells:
+            return [self._answer(ticket, "resend", self._farewells[message.worker])]
+        if not isinstance(message, Push | Average):
+            return None
+        number, frame = self._answered.get(message.worker, (None, None))
+        if frame is not None and message.sequence == number:
+            return [self._answer(ticket, "resend", frame)]
+        pending = self._pending.get(message.worker)
+        if pending is not None and message.sequence == _number(pending):
+            pending.tickets.append(ticket)
+            return []
+        return None
 
     # -- joining ---------------------------------------------------------------------------------
 
     def _join(self, join: Join, ticket: Ticket) -> list[Answer]:
+        worker, state = join.worker, self.state
         if self.finished:
             raise Refused("finished", "the run has ended")
+        if state is None and worker not in self.plan.workers:
+            known = ", ".join(map(str, self.plan.workers))
+            raise Refused("member", f"worker {worker} is not one of this run's workers, which are {known}")
         try:
             layout = Layout.restore(join.description)
         except DecodeError as error:
@@ -129,141 +153,141 @@ class Server:
         if self._layout is None:
             self._layout = layout
         if layout.hash != self._layout.hash:
-            raise Refused("layout", f"the model of worker {join.worker} has {self._layout.difference(layout)}")
-        if self.state is None and join.worker not in self.plan.workers:
-            known = ", ".join(map(str, self.plan.workers))
-            raise Refused("member", f"worker {join.worker} is not one of this run's workers, which are {known}")
-        self._joining.setdefault(join.worker, _Waiting(join, ())).tickets.append(ticket)
-        if self.state is None and set(self.plan.workers) <= self._joining.keys():
-            self._start(layout)
-            return self._welcome()
-        return []
+            raise Refused("layout", f"the model of worker {worker} has {self._layout.difference(layout)}")
+        if worker == min(self.plan.workers) and self._founded is None:
+            self._founded = self._found(layout, join)
+        self._joining.setdefault(worker, _Waiting(join, ())).tickets.append(ticket)
+        if state is None:
+            return self._start() if set(self.plan.workers) <= self._joining.keys() else []
+        if worker not in state.weights or worker in self._leaving:
+            return []  # a new member: from the next version on
+        # a member that lost its answer or its memory, and for whose push the round would wait for ever
+        answers = self._withdraw(worker)
+        return answers if worker in self._pending else answers + self._welcome([worker])
 
-    def _start(self, layout: Layout) -> None:
+    def _found(self, layout: Layout, founder: Join) -> ServerState:
         """Version 0: the model of rank 0, the lowest id."""
-        first = self._joining[min(self.plan.workers)].message
-        assert isinstance(first, Join)
         try:
-            w, statics = snapshot.unpack_snapshot(layout, first.bodies)
+            w, statics = snapshot.unpack_snapshot(layout, founder.bodies)
         except DecodeError as error:
-            raise Refused("segment", f"worker {first.worker} has not sent its model: {error}") from None
+            raise Refused("segment", f"worker {founder.worker} has not sent its model: {error}") from None
         compressors = compressors_for(layout, self.plan.downlink, self.plan.overrides)
         sender = Sender(layout, compressors, self.plan.seed)
-        optimizer = _optimizer(self.plan, layout, first)
-        weights = equal_weights(list(self.plan.workers))
-        self.state = ServerState(layout, w, statics, sender, optimizer, weights)
-        self.vitals.members = tuple(sorted(weights))
+        optimizer = _optimizer(self.plan, layout, founder)
+        return ServerState(layout, w, statics, sender, optimizer, equal_weights(list(self.plan.workers)))
+
+    def _start(self) -> list[Answer]:
+        assert self._founded is not None
+        self.state = self._founded
+        self.vitals.members = tuple(self.state.weights)
+        self.vitals.joins += len(self.state.weights)
         self.vitals.state = "training"
         self._started = self._clock()
+        return self._welcome(self.plan.workers)
 
-    def _welcome(self) -> list[Answer]:
-        """Answer everyone who waits to join with the entries it lacks, or with a snapshot."""
+    def _welcome(self, workers: Iterable[int]) -> list[Answer]:
+        """Answer workers that wait to join: with a snapshot or the entries they lack, whichever is smaller."""
         assert self.state is not None
-        state, answers = self.state, []
-        if not self._joining:
+        if not (workers := sorted(workers)):
             return []
-        whole = Welcome(state.version, state.position, state.weights, layout=state.layout.hash)
-        bodies = snapshot.pack(state.layout, state.w, state.statics)
-        full = Welcome(state.version, state.position, state.weights, bodies=bodies, layout=state.layout.hash).pack()
-        for worker, waiting in sorted(self._joining.items()):
+        state, answers = self.state, []
+        welcome = partial(Welcome, position=state.position, weights=state.weights, layout=state.layout.hash)
+        full = welcome(state.version, bodies=snapshot.pack(state.layout, state.w, state.statics)).pack()
+        for worker in workers:
+            waiting = self._joining.pop(worker)
             assert isinstance(waiting.message, Join)
-            held = waiting.message.version
-            entries = None if held is None or held > state.version else state.log.since(held)
-            if entries is None or held is None or sum(e.size for e in entries) > full.size:
-                frames: tuple[U8, ...] = (full,)
-            else:
-                own = Welcome(held, whole.position, whole.weights, layout=whole.layout).pack()
-                frames = (own, *entries)
+            frames: tuple[U8, ...] = (full,)
+            if (held := waiting.message.version) is not None and held <= state.version:
+                entries = state.log.since(held)
+                if entries is not None and len(entries) == state.version - held:
+                    frames = min(frames, (welcome(held).pack(), *entries), key=_size)
             answers += [self._answer(ticket, "snapshot", *frames) for ticket in waiting.tickets]
             self._answered.pop(worker, None)
-            self.vitals.joins += 1
-        self._joining.clear()
+            self._farewells.pop(worker, None)
+            self.vitals.workers.pop(worker, None)
         return answers
+
+    def _turn_away(self, detail: str) -> list[Answer]:
+        """Refuse everyone who waits to join a run that has ended."""
+        tickets = [ticket for waiting in self._joining.values() for ticket in waiting.tickets]
+        self._joining.clear()
+        return self._refuse(tickets, "finished", detail)
 
     # -- exchanges -------------------------------------------------------------------------------
 
-    def _exchange(self, message: Push | Average, size: int, ticket: Ticket) -> list[Answer]:
+    def _exchange(self, message: Push | Average, ticket: Ticket) -> list[Answer]:
         state = self.state
-        if state is None or message.worker not in state.weights or message.worker in self._leaving:
-            raise Refused("member", f"worker {message.worker} has not joined, or has left")
-        waiting = self._pushes if isinstance(message, Push) else self._averages
-        kind = "update" if isinstance(message, Push) else "average"
-        known = waiting.get(message.worker)
-        last, frames = self._answered.get(message.worker, (0, ()))
-        if message.sequence == last and frames:
-            self.vitals.wire["uplink", "resend"] += size
-            return [self._answer(ticket, "resend", *frames)]
-        if known is not None and _number(known.message) == message.sequence:
-            self.vitals.wire["uplink", "resend"] += size
-            known.tickets.append(ticket)
-            return []
         if self.finished:
             raise Refused("finished", "the run has ended")
-        self._check(message, state, last)
+        if state is None or message.worker not in state.weights or message.worker in self._leaving:
+            raise Refused("member", f"worker {message.worker} has not joined, or has left")
+        self._check(message, state)
         try:
             decoded = messages.updates(message, state.layout)
             if isinstance(message, Push):
                 messages.unpack_statistics(message.statistics)
         except DecodeError as error:
             raise Refused("segment", f"the message of worker {message.worker} is not valid: {error}") from None
-        self.vitals.wire["uplink", kind] += size
-        waiting[message.worker] = _Waiting(message, decoded, [ticket])
+        self._pending[message.worker] = _Waiting(message, decoded, [ticket])
         return self._close_if_complete()
 
-    def _check(self, message: Push | Average, state: ServerState, last: int) -> None:
+    def _check(self, message: Push | Average, state: ServerState) -> None:
         worker = message.worker
         if message.layout != state.layout.hash:
             raise Refused("layout", f"the message of worker {worker} is for a model of another layout")
-        if message.sequence != last + 1 and last:
+        last, _ = self._answered.get(worker, (None, None))
+        if worker in self._pending:
+            raise Refused("sequence", f"worker {worker} sent a message while its last one waits for an answer")
+        if last is not None and message.sequence != last + 1:
             raise Refused("sequence", f"worker {worker} sent number {message.sequence} after {last}")
         if message.version != state.version:
             raise Refused(
-                "version",
-                f"worker {worker} sent an update of version {message.version} in round {state.version}",
+                "version", f"worker {worker} sent an update of version {message.version} in round {state.version}"
             )
-        if isinstance(message, Push) and message.digest not in (None, snapshot.digest(state.w)):
+        known = message.digest if isinstance(message, Push) else None
+        if known is not None and known != snapshot.digest(state.w):
             self.vitals.replica_mismatches += 1
             raise Refused(
-                "replica",
-                f"the replica of worker {worker} differs from the server's at version {state.version}",
+                "replica", f"the replica of worker {worker} differs from the server's at version {state.version}"
             )
 
     def _close_if_complete(self) -> list[Answer]:
+        """Once every present worker has sent something: who has pushed takes no part in an average."""
         assert self.state is not None
         present = self.state.weights.keys() - self._leaving.keys()
-        if self._averages and present <= self._averages.keys():
-            return self._average()
-        if present <= self._pushes.keys() and (present or self._leaving):
-            return self._close()
-        return []
+        if not present <= self._pending.keys() or not (present or self._leaving):
+            return []
+        averages = {w: p for w, p in sorted(self._pending.items()) if isinstance(p.message, Average)}
+        return self._average(averages) if averages else self._close()
 
-    def _average(self) -> list[Answer]:
+    def _average(self, averages: dict[int, _Waiting]) -> list[Answer]:
         """Error averaging: everyone gets the exact sum of what was sent."""
         assert self.state is not None
-        state, waiting = self.state, dict(sorted(self._averages.items()))
-        self._averages.clear()
+        state = self.state
         total = state.layout.zeros()
-        for average in waiting.values():
+        for worker, average in averages.items():
+            del self._pending[worker]
             for place, update in zip(state.layout.segments, average.updates, strict=True):
                 update.add_to(total[place.start : place.stop])
         bodies = tuple(pack_exact(total[s.start : s.stop].numpy()) for s in state.layout.segments)
-        weight = sum(state.weights[worker] for worker in waiting)
+        weight = sum(state.weights[worker] for worker in averages)
         frame = Mean(state.version, weight, bodies=bodies, layout=state.layout.hash).pack()
-        return self._deliver(waiting, frame, "average")
+        return self._deliver(averages, frame, "average")
 
     def _close(self) -> list[Answer]:
         """Fold the round, broadcast the entry, let joiners in and leavers out."""
         assert self.state is not None
-        state, waiting = self.state, dict(sorted(self._pushes.items()))
-        self._pushes.clear()
+        state, waiting = self.state, dict(sorted(self._pending.items()))
+        self._pending.clear()
         pushes = [w.message for w in waiting.values() if isinstance(w.message, Push)]
         folded = [
             Contribution(p.worker, p.sequence, w.updates, p.samples)
             for p, w in zip(pushes, waiting.values(), strict=True)
         ]
         folded += [handed for _, handed in sorted(self._leaving.items()) if handed is not None]
-        weights = self._next_weights(state)
-        final = self._stopping or state.version + 1 >= self.plan.rounds or weights == {}
+        last = self._stopping or state.version + 1 >= self.plan.rounds
+        weights = self._next_weights(state, set() if last else set(self._joining))
+        final = last or weights == {}
         options = pushes[0].options if pushes else None
         begun = self._clock()
         applied = apply(state, Close(tuple(folded), weights, options, final))
@@ -271,55 +295,73 @@ class Server:
         self.finished = final
         answers = self._deliver(waiting, applied.frame, "update")
         self._observe(state, pushes, applied)
-        return answers + self._welcome()
+        return answers + (self._turn_away("the run has ended") if final else self._welcome(self._joining))
 
-    def _next_weights(self, state: ServerState) -> dict[int, float] | None:
+    def _next_weights(self, state: ServerState, joining: set[int]) -> dict[int, float] | None:
         """The members from the next round on, if they change."""
-        if not self._joining and not self._leaving:
-            return None
-        stay = (state.weights.keys() - self._leaving.keys()) | self._joining.keys()
+        stay = state.weights.keys() - self._leaving.keys()
         self._leaving.clear()
-        return equal_weights(list(stay))
+        self.vitals.joins += len(joining - stay)
+        members = stay | joining
+        return None if members == state.weights.keys() else equal_weights(list(members))
 
     def _deliver(self, waiting: dict[int, _Waiting], frame: U8, kind: str) -> list[Answer]:
+        assert self.state is not None
         answers = []
         for worker, message in waiting.items():
-            self._answered[worker] = (_number(message.message), (frame,))
+            self._answered[worker] = (_number(message), frame)
             first, *again = message.tickets
             answers.append(self._answer(first, kind, frame))
             answers += [self._answer(ticket, "resend", frame) for ticket in again]
             if kind == "update":
                 for direction in ("uplink", "downlink"):
-                    self.vitals.dense[direction] += 4 * self.state.layout.trainable if self.state else 0
+                    self.vitals.dense[direction] += 4 * self.state.layout.trainable
         return answers
 
     # -- leaving ---------------------------------------------------------------------------------
 
     def _leave(self, leave: Leave, ticket: Ticket) -> list[Answer]:
-        state = self.state
-        if state is None or leave.worker not in state.weights:
-            raise Refused("member", f"worker {leave.worker} has not joined, or has left")
-        handed = None
-        if leave.bodies:
-            try:
-                updates = messages.updates(leave, state.layout)
-            except DecodeError as error:
-                raise Refused("segment", f"worker {leave.worker} handed over no valid residual: {error}") from None
-            handed = Contribution(leave.worker, state.sequences.get(leave.worker, 0), updates)
-            self.vitals.handed_over += 1
+        state, worker = self.state, leave.worker
+        if state is None or worker not in state.weights:
+            raise Refused("member", f"worker {worker} has not joined, or has left")
+        if leave.layout != state.layout.hash:
+            raise Refused("layout", f"the message of worker {worker} is for a model of another layout")
+        try:
+            updates = messages.updates(leave, state.layout) if leave.bodies else None
+        except DecodeError as error:
+            raise Refused("segment", f"worker {worker} handed over no valid residual: {error}") from None
         if leave.cause == "not_finite":
             self.vitals.rejected["not_finite"] += 1
         self.vitals.leaves[leave.cause] += 1
-        farewell = self._answer(ticket, "update", Farewell(state.version, layout=state.layout.hash).pack())
+        self._farewells[worker] = Farewell(state.version, layout=state.layout.hash).pack()
+        answers = [self._answer(ticket, "update", self._farewells[worker])]
         if self.finished:
-            return [farewell]
-        self._leaving[leave.worker] = handed
-        return [farewell, *self._close_if_complete()]
+            return answers
+        answers += self._withdraw(worker)
+        pending = self._pending.get(worker)
+        number = state.sequences.get(worker, 0) if pending is None else _number(pending)
+        self._leaving[worker] = None if updates is None else Contribution(worker, number, updates)
+        self.vitals.handed_over += updates is not None
+        return answers + self._close_if_complete()
+
+    def _withdraw(self, worker: int) -> list[Answer]:
+        """Drop the average of a worker that will not see the answer; nothing of it was used."""
+        pending = self._pending.get(worker)
+        if pending is None or not isinstance(pending.message, Average):
+            return []
+        del self._pending[worker]
+        return self._refuse(pending.tickets, "member", f"worker {worker} left or joined again before its average")
 
     # -- measuring -------------------------------------------------------------------------------
 
+    def _refuse(self, tickets: Sequence[Ticket], reason: str, detail: str) -> list[Answer]:
+        frame = Refusal(reason, detail).pack()
+        if tickets:
+            self.vitals.rejected[reason] += len(tickets)
+        return [self._answer(ticket, "update", frame) for ticket in tickets]
+
     def _answer(self, ticket: Ticket, kind: str, *frames: U8) -> Answer:
-        self.vitals.wire["downlink", kind] += sum(frame.size for frame in frames)
+        self.vitals.wire["downlink", kind] += _size(frames)
         return Answer(ticket, frames)
 
     def _observe(self, state: ServerState, pushes: list[Push], applied: Applied) -> None:
@@ -339,16 +381,20 @@ class Server:
             vitals.state = "finished"
 
 
-def _number(message: Message) -> int:
-    assert isinstance(message, Push | Average)
-    return message.sequence
+def _number(waiting: _Waiting) -> int:
+    assert isinstance(waiting.message, Push | Average)
+    return waiting.message.sequence
+
+
+def _size(frames: tuple[U8, ...]) -> int:
+    return sum(frame.size for frame in frames)
 
 
 def _optimizer(plan: Plan, layout: Layout, first: Join) -> ServerOptimizer:
     if plan.send == "gradient":
         if first.optimizer is None:
             raise Refused("frame", f"worker {first.worker} has not said which optimizer the server shall run")
-        return TorchOptimizer(layout, str(first.optimizer["kind"]), first.optimizer["groups"])
+        return TorchOptimizer(layout, first.optimizer["kind"], first.optimizer["groups"])
     settings = plan.server.optimizer
     if settings.kind == "sum":
         return Sum()

@@ -149,7 +149,7 @@ class Vitals:
 
     def summary(self) -> dict[str, Any]:
         """The keys of ``summary.json`` that the server knows."""
-        errors = [w.latest.get(Stat.ERROR, 0.0) for w in self.workers.values()]
+        errors = [self.workers[worker].latest.get(Stat.ERROR, 0.0) for worker in self.members]
         return {
             "rounds": self.version,
             "uplink_bytes": self.bytes("uplink"),

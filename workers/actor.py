@@ -11,7 +11,7 @@ import numpy.typing as npt
 import ray
 import torch
 
-from protocol.errors import RunStopped
+from protocol.errors import CarryoverError, RunStopped
 from workers.runner import Outcome, Train, run
 from workers.session import WorkerPlan
 
@@ -29,6 +29,10 @@ class RayTransport:
         try:
             frames = ray.get(self._server.exchange.remote(frame))
             return [ray.get(f) if isinstance(f, ray.ObjectRef) else f for f in frames]
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, CarryoverError):
+                raise error.cause from None
+            raise
         except ray.exceptions.RayActorError as error:
             raise RunStopped(f"the server is gone: {error}") from None
 

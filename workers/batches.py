@@ -32,7 +32,7 @@ class Samples:
         collate: makes a batch of a list of samples; by default torch's.
 
     Raises:
-        SettingsError: the data set has no length, or fewer samples than one batch.
+        SettingsError: the data set has no length, or fewer samples than one batch, or ``size`` is no int.
     """
 
     def __init__(self, dataset: Any, size: int, seed: int, collate: Collate | None = None) -> None:
@@ -40,8 +40,10 @@ class Samples:
             raise SettingsError(
                 f"session.batches got a {type(dataset).__name__}; valid is a map-style data set with len() and indexing"
             )
-        if not 0 < size <= len(dataset):
-            raise SettingsError(f"batch_size {size} is not between 1 and the data set's {len(dataset)} samples")
+        if type(size) is not int or not 0 < size <= len(dataset):
+            raise SettingsError(
+                f"batch_size {size!r} is not an int between 1 and the data set's {len(dataset)} samples"
+            )
         self.dataset = dataset
         self.size = size
         self._seed = seed
@@ -62,7 +64,7 @@ class Samples:
     def batch(self, start: int) -> Any:
         """The collated samples from ``start`` of the sequence."""
         chosen = self.indices(start)
-        if isinstance(self.dataset, TensorDataset) and self._collate is None:
+        if type(self.dataset) is TensorDataset and self._collate is None:
             return [tensor[chosen] for tensor in self.dataset.tensors]
         return (self._collate or default_collate)([self.dataset[i] for i in chosen])
 

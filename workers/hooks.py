@@ -55,9 +55,15 @@ class GradientCapture:
         def step(_: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
             return capture(closure)
 
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a scheduler built before looks for it
         optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
 
     def _capture(self, closure: Callable[[], Any] | None) -> Any:
+        if self._count:
+            raise SettingsError(
+                "optimizer.step was called twice in a round, which sends one gradient with send: gradient; "
+                "several steps a round need workers.local_steps and send: difference"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -120,7 +126,7 @@ def warn_if_stateful(optimizer: torch.optim.Optimizer, feedback: str) -> None:
         f"{type(optimizer).__name__} keeps its state on each worker; with one local step a round, "
         "`send: gradient` runs it on the server instead, where it sees the sum over workers",
         StatefulOptimizerWarning,
-        stacklevel=4,
+        stacklevel=3,  # where the user calls session.prepare
     )
 
 

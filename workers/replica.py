@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ class Replica:
     """``w``, bit for bit the same on all workers, beside the user's model that trains away from it.
 
     Args:
-        model: the user's; its tensors are read and written in place, never replaced.
+        model: the user's; its tensors are read and written in place, never replaced by us.
 
     Attributes:
         layout: of the model.
@@ -28,42 +29,46 @@ class Replica:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        parameters, buffers = list(model.named_parameters()), list(model.named_buffers())
-        self.layout = layout_of(parameters, buffers)
-        self._tensors = dict([*parameters, *buffers])
-        self._parameters = parameters
-        self._trained = [parameter.requires_grad for _, parameter in parameters]
-        places = self.layout.segments
-        self.device = self._tensors[places[0].entry.name].device
+        self._model = model
+        self._parameters = list(model.named_parameters())
+        self._trained = [parameter.requires_grad for _, parameter in self._parameters]
+        self.layout = layout_of(self._parameters, model.named_buffers())
+        tensors = self._tensors()
+        exchanged = [tensors[s.entry.name] for s in self.layout.segments]
+        self.device = exchanged[0].device
         self.w = self.layout.zeros(self.device)
-        self._exact = all(self._tensors[s.entry.name].dtype == self.layout.dtype for s in places)
+        self._exact = all(tensor.dtype == self.layout.dtype for tensor in exchanged)
         self.read(self.w)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """By name, looked up each time, since modules may replace their buffers."""
+        return dict(chain[tuple[str, Tensor]](self._model.named_parameters(), self._model.named_buffers()))
 
     def trained(self) -> list[tuple[str, Tensor]]:
         """The parameters that are exchanged, by name."""
-        return [
-            (s.entry.name, self._tensors[s.entry.name]) for s in self.layout.segments if s.entry.role == "parameter"
-        ]
+        return [named for named, trained in zip(self._parameters, self._trained, strict=True) if trained]
 
     @torch.no_grad()
     def read(self, out: Tensor) -> Tensor:
         """Copy the model's tensors to ``out``, shape ``(layout.numel,)``."""
+        tensors = self._tensors()
         for place in self.layout.segments:
-            out[place.start : place.stop].copy_(self._tensors[place.entry.name].reshape(-1))
+            out[place.start : place.stop].copy_(tensors[place.entry.name].reshape(-1))
         return out
 
     @torch.no_grad()
     def show(self, vector: Tensor) -> Tensor:
         """Let the model's tensors hold ``vector``; what they hold then, after rounding to their dtypes."""
+        tensors = self._tensors()
         for place in self.layout.segments:
-            self._tensors[place.entry.name].copy_(vector[place.start : place.stop].view(place.entry.shape))
+            tensors[place.entry.name].copy_(vector[place.start : place.stop].view(place.entry.shape))
         return vector if self._exact else self.read(torch.empty_like(vector))
 
     @torch.no_grad()
     def read_gradients(self, out: Tensor) -> Tensor:
-        """Copy the gradients to ``out``; zero where there is none."""
-        for place in self.layout.segments:
-            part, gradient = out[place.start : place.stop], self._tensors[place.entry.name].grad
+        """Copy the gradients to the parameters' places in ``out``; zero where there is none."""
+        for place, (_, parameter) in zip(self.layout.segments, self.trained(), strict=False):  # buffers come last
+            part, gradient = out[place.start : place.stop], parameter.grad
             if gradient is None:
                 part.zero_()
             else:
@@ -72,23 +77,28 @@ class Replica:
 
     def statics(self) -> tuple[U8, ...]:
         """The raw bytes of the tensors that are not exchanged."""
-        return tuple(snapshot.raw(self._tensors[entry.name]) for entry in self.layout.statics)
+        tensors = self._tensors()
+        return tuple(snapshot.raw(tensors[entry.name]) for entry in self.layout.statics)
 
     @torch.no_grad()
     def load(self, w: Tensor, statics: Sequence[U8]) -> None:
         """Take over a snapshot, tensors that are not exchanged included."""
         self.w.copy_(w)
         self.show(self.w)
+        tensors = self._tensors()
         for entry, body in zip(self.layout.statics, statics, strict=True):
-            self._tensors[entry.name].copy_(snapshot.restore_static(body, entry.shape, entry.dtype))
+            tensors[entry.name].copy_(snapshot.restore_static(body, entry.shape, entry.dtype))
 
     def check(self) -> None:
-        """Refuse a change of ``requires_grad`` since the layout was agreed.
+        """Refuse another parameter, or a change of its ``requires_grad``, since the layout was agreed.
 
         Raises:
             LayoutError: names the parameter.
         """
+        tensors = self._tensors()
         for (name, parameter), trained in zip(self._parameters, self._trained, strict=True):
+            if tensors.get(name) is not parameter:
+                raise LayoutError(f"{name!r} was replaced or removed after session.prepare; change its values in place")
             if parameter.requires_grad != trained:
                 raise LayoutError(
                     f"requires_grad of {name!r} changed to {parameter.requires_grad} after session.prepare; "

@@ -29,7 +29,8 @@ class Outcome:
         reported: values that were reported after the last round.
         model: the founder's model as safetensors bytes.
         error: one sentence, if it failed; None if not.
-        traceback: of the user's code; empty for errors that Carryover raises on purpose.
+        traceback: where the error came from.
+        expected: it is one of Carryover's own errors, whose sentence says all; the traceback is for debugging.
         stopped: it failed only because the run had ended.
     """
 
@@ -39,6 +40,7 @@ class Outcome:
     model: npt.NDArray[np.uint8] | None = None
     error: str | None = None
     traceback: str = ""
+    expected: bool = False
     stopped: bool = False
 
 
@@ -62,7 +64,7 @@ def run(train: Train, plan: WorkerPlan, transport: Transport, cpus: int, device:
     except RunStopped as error:
         return Outcome(plan.worker, error=str(error), stopped=True)
     except CarryoverError as error:
-        return Outcome(plan.worker, error=str(error), traceback=traceback.format_exc())
+        return Outcome(plan.worker, error=str(error), traceback=traceback.format_exc(), expected=True)
     except Exception as error:
         text = f"the training function of worker {plan.worker} raised {type(error).__name__}: {error}"
         return Outcome(plan.worker, error=text, traceback=traceback.format_exc())

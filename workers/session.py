@@ -88,12 +88,17 @@ class Session:
     @property
     def rank(self) -> int:
         """Place of this worker among the present ones, from 0."""
-        return sorted(self._weights).index(self._plan.worker)
+        return sorted(self._present()).index(self._plan.worker)
 
     @property
     def world_size(self) -> int:
         """How many workers are present."""
-        return len(self._weights)
+        return len(self._present())
+
+    def _present(self) -> dict[int, float]:
+        if not self._weights:
+            raise SettingsError("session.rank and session.world_size are known once session.prepare has returned")
+        return self._weights
 
     # -- setting up ------------------------------------------------------------------------------
 
@@ -121,6 +126,8 @@ class Session:
         self._exchange = Exchange(self._transport, plan.worker, replica.layout)
         self._capture = GradientCapture(optimizer, replica) if plan.send == "gradient" else None
         self._steps = self._capture or StepCounter(optimizer)
+        # a fused optimizer would unscale gradients and skip steps inside step(), where no hook sees it
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if plan.send == "difference" and plan.local_steps == 1 and plan.founder:
             warn_if_stateful(optimizer, plan.feedback.kind)
         founding = snapshot.pack(replica.layout, replica.w, replica.statics()) if plan.founder else ()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from protocol.errors import SettingsError
 from protocol.messages import Stat, pack_statistics
 
+LARGEST = 3.4028234e38  # of float32
 REPORTED_LIMIT = 5  # names a worker; with the norms they fit into the statistics of one push
 
 
@@ -46,10 +48,15 @@ class Reported:
 
     def take_numbered(self) -> tuple[dict[int, float], list[str] | None]:
         """The means by their keys in a push, and the names that the server does not know yet."""
-        means = {Stat.REPORTED + self._numbers[name]: value for name, value in self.take().items()}
+        means = {Stat.REPORTED + self._numbers[name]: _single(value) for name, value in self.take().items()}
         new = list(self._numbers)[self._announced :]
         self._announced = len(self._numbers)
         return means, new or None
+
+
+def _single(value: float) -> float:
+    """The value as float32 can carry it: infinite if it is too large."""
+    return math.copysign(math.inf, value) if abs(value) > LARGEST else value
 
 
 class Rotation:

@@ -3,7 +3,7 @@
 The largest magnitudes are found without sorting: a threshold is estimated from a sample, one pass
 adds the residual, writes the sum and collects the few candidates above the threshold, and the
 candidates alone are refined to exactly ``k``. If the sample misled (too few or too many candidates),
-a second pass takes every element as a candidate, so the answer is exact in every case.
+every element is a candidate, so the answer is exact in every case.
 
 All kernels release the GIL. The sum of squares they return is NaN or infinite when an element is
 (and if float64 magnitudes beyond 1e154 overflow it); the caller then drops what was selected.
@@ -159,7 +159,7 @@ def top_k(vector: Floats, residual: Floats | None, total: Floats, k: int) -> tup
     if not np.isfinite(squares):
         return found[:0], squares
     if count < k or count > room:
-        found, count, _ = _candidates(total, None, total, 0.0, n)
+        found, count = np.arange(n, dtype=np.int64), n  # the sample misled
     found = found[:count]
     candidates = np.abs(total[found])
     kth = np.partition(candidates, count - k)[count - k]

@@ -1,0 +1,148 @@
+"""One run from start to summary, whatever the backend: watch it, write everything down, say what went wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from deploy.rundir import RunDirectory, load_model
+from deploy.settings import RunSettings
+from protocol.errors import CarryoverError, RunFailed
+from workers.runner import Outcome
+
+GRACE = 30.0  # seconds for a stopped run to finish its round
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has left: its directory and its summary."""
+
+    path: Path
+    summary: dict[str, Any]
+
+    def load_model(self) -> dict[str, Tensor]:
+        """The trained model, for ``load_state_dict``."""
+        return load_model(self.path)
+
+
+class Backend(Protocol):
+    """One way of running the same state machines."""
+
+    def poll(self) -> tuple[Rows, list[Outcome]]:
+        """Wait a moment; the new rows, and the workers that have ended since."""
+
+    def stop(self) -> None:
+        """Let the run end with its next entry."""
+
+    def summary(self) -> dict[str, Any]:
+        """What the server knows."""
+
+    def close(self) -> None:
+        """Leave nothing running."""
+
+
+class Run:
+    """One run from start to summary."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        directory: RunDirectory,
+        observe: Callable[[Mapping[str, Any]], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.settings = settings
+        self.directory = directory
+        self.failure: BaseException | None = None
+        self._observe = observe
+        self._say = say
+        self._outcomes: list[Outcome] = []
+
+    def result(
+        self, start: Callable[[], Backend], finish: Callable[[Mapping[str, Any], Path], None] | None = None
+    ) -> Result:
+        """Train, write everything down, and only then raise what went wrong."""
+        from deploy.report import write_report  # matplotlib takes a second that a run need not wait for at its start
+
+        summary = self.run(start)
+        try:
+            write_report([self.directory.path])
+        finally:
+            if finish is not None:
+                finish(summary, self.directory.path)
+            if self.failure is not None:
+                raise self.failure
+        return Result(self.directory.path, summary)
+
+    def run(self, start: Callable[[], Backend]) -> dict[str, Any]:
+        """Train; the summary, whatever happened."""
+        begun = time.monotonic()
+        known: dict[str, Any] = {}
+        try:
+            backend = start()
+            try:
+                self._watch(backend)
+                known = backend.summary()
+            finally:
+                backend.close()
+        except (CarryoverError, KeyboardInterrupt) as error:
+            self.failure = self.failure or error
+        return self._summary(known, time.monotonic() - begun)
+
+    def _watch(self, backend: Backend) -> None:
+        left = self.settings.workers.count
+        deadline: float | None = None
+        while left and (deadline is None or time.monotonic() < deadline):
+            try:
+                rows, ended = backend.poll()
+            except KeyboardInterrupt as interrupt:
+                if deadline is not None:
+                    raise
+                self.failure = interrupt
+                self._say("stopping after this round; press Ctrl-C again to stop at once")
+                deadline = time.monotonic() + GRACE
+                backend.stop()
+                continue
+            self.directory.add(rows)
+            for row in rows:
+                self._observe(row)
+            left -= len(ended)
+            self._outcomes += ended
+            failed = [o for o in ended if o.error is not None and not o.stopped]
+            if failed and self.failure is None:
+                first = failed[0]
+                self.failure = RunFailed(first.error or "", first.traceback, first.expected)
+                return
+
+    def _summary(self, known: dict[str, Any], seconds: float) -> dict[str, Any]:
+        good = [o for o in self._outcomes if o.error is None]
+        prints = {o.fingerprint for o in good}
+        if len(prints) > 1 and self.failure is None:
+            self.failure = RunFailed(f"the workers' replicas differ at the end: {', '.join(sorted(prints))}")
+        for outcome in good:
+            if outcome.model is not None:
+                self.directory.save_model(outcome.model)
+        names = sorted({name for o in good for name in o.reported})
+        last = {}
+        for name in names:
+            values = [o.reported[name] for o in good if name in o.reported]
+            last[name] = sum(values) / len(values)
+        interrupted = isinstance(self.failure, KeyboardInterrupt)
+        summary = {
+            "status": "interrupted" if interrupted else "failed" if self.failure else "finished",
+            "rounds": 0,
+            "workers": self.settings.workers.count,
+            "seconds": round(seconds, 3),
+            **known,
+            "fingerprint": min(prints, default=""),
+            "reported": {**known.get("reported", {}), **last},
+        }
+        self.directory.finish(summary)
+        return summary
