@@ -41,7 +41,11 @@ def train(
     """Train a model and write a run directory."""
     settings = load(file, overrides or ())
     function(settings.train, settings.arguments)  # fail before anything is started
-    launch(settings.train, settings, address)
+    try:
+        launch(settings.train, settings, address)
+    except KeyboardInterrupt:  # here, because typer would take it and say only "Aborted!"
+        _say("stopped by Ctrl-C; what was done is saved")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command()
@@ -67,9 +71,6 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         app()
-    except KeyboardInterrupt:
-        _say("stopped by Ctrl-C; what was done is saved")
-        sys.exit(INTERRUPTED)
     except CarryoverError as error:
         if debug:
             traceback.print_exc()

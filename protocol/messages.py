@@ -196,7 +196,7 @@ class Mean(Message):
 
     KIND: ClassVar[int] = 6
     version: int = _field(1, _whole)
-    weight: float = _field(2, _is(float))
+    weight: float = _field(2, lambda value: isinstance(value, float) and 0 < value < math.inf)
 
 
 @dataclass(frozen=True)

@@ -62,4 +62,6 @@ def unpack_snapshot(layout: Layout, bodies: Sequence[U8]) -> tuple[Tensor, tuple
 
 def restore_static(body: U8, shape: tuple[int, ...], dtype: str) -> Tensor:
     """The inverse of ``raw``."""
-    return torch.from_numpy(np.array(body)).view(DTYPES[dtype]).reshape(shape)
+    out = torch.empty(shape, dtype=DTYPES[dtype])
+    out.view(-1).view(torch.uint8).copy_(torch.from_numpy(np.array(body)))
+    return out

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import safetensors.torch
 import torch
 
-from protocol.errors import CarryoverError, RunFailed, RunStopped
+from protocol.errors import CarryoverError, Refused, RunFailed, RunStopped
 from workers.batches import seed_everything
 from workers.exchange import Transport
 from workers.session import Session, WorkerPlan
@@ -58,13 +58,23 @@ def run(train: Train, plan: WorkerPlan, transport: Transport, cpus: int, device:
             )
         model = None
         if plan.founder:
-            state = {name: value.detach().cpu().clone() for name, value in session.model.state_dict().items()}
-            model = np.frombuffer(safetensors.torch.save(state), np.uint8)
+            model = np.frombuffer(safetensors.torch.save(_state(session.model)), np.uint8)
         return Outcome(plan.worker, session.fingerprint(), session.last_reports(), model)
     except RunStopped as error:
         return Outcome(plan.worker, error=str(error), stopped=True)
     except CarryoverError as error:
+        if isinstance(error, Refused) and error.reason == "finished":
+            return Outcome(plan.worker, error=str(error), stopped=True)
         return Outcome(plan.worker, error=str(error), traceback=traceback.format_exc(), expected=True)
     except Exception as error:
         text = f"the training function of worker {plan.worker} raised {type(error).__name__}: {error}"
         return Outcome(plan.worker, error=text, traceback=traceback.format_exc())
+
+
+def _state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors as safetensors takes them: each one's own, contiguous. Other state is left out."""
+    return {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+        if isinstance(value, torch.Tensor)
+    }

@@ -45,7 +45,7 @@ def test_the_saved_model_loads_with_plain_load_state_dict(project):
     model = nn.Linear(4, 1)
     model.load_state_dict(result.load_model())
     x = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
-    assert float(model(x)) == pytest.approx(1.0, abs=0.05)
+    assert model(x).item() == pytest.approx(1.0, abs=0.05)
 
 
 def test_bytes_in_the_summary_are_those_of_the_rows_and_ratios_follow(project):

@@ -161,7 +161,7 @@ def test_what_the_recipes_do_shows_in_the_result():
     written = {"accumulate": 1, "scaler": None, "closure": False, "scheduler_first": False}  # not in the result
     distinct = [Recipe(momentum), *(recipe for recipe in RECIPES.values() if replace(recipe, **written) == recipe)]
     results = [plain(recipe, batches) for recipe in distinct]
-    assert len(results) == 9
+    assert len(results) == 10
     for i, one in enumerate(results):
         assert all((one - other).abs().max() > 1e-4 for other in results[:i])
 

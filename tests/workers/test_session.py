@@ -210,7 +210,7 @@ def test_an_exception_of_the_users_code_fails_the_run_and_keeps_its_traceback(in
 
     with pytest.raises(RunFailed, match=r"worker 0 raised KeyError: 'labels'") as failed:
         inline.train(train, workers={"count": 1})
-    assert 'raise KeyError("labels")' in failed.value.__notes__[0]
+    assert 'raise KeyError("labels")' in failed.value.details
 
 
 def test_the_loop_ends_after_the_last_round_and_a_second_loop_is_empty(inline):

@@ -1,0 +1,71 @@
+"""Training for real on Ray: four worker actors and a server actor."""
+
+import json
+import subprocess
+
+import pytest
+
+from deploy import launch
+from examples.digits import network
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+ROUNDS = 12
+
+
+def settings(folder, **changed):
+    return {
+        "name": "digits",
+        "rounds": ROUNDS,
+        "metrics": {"port": 0, "sketch_every": 4},
+        "storage": {"dir": folder},
+        "feedback": {"kind": "saef", "average_every": 5, "average": "topk:0.1"},
+        **changed,
+    }
+
+
+def listeners() -> str:
+    return subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
+
+
+def test_ray_and_inline_give_the_same_fingerprint_the_same_bytes_and_the_same_rows(local_ray, tmp_path):
+    addresses = []
+
+    def observe(row):
+        if not addresses:
+            addresses.extend(line.split()[3] for line in listeners().splitlines() if "ray" in line or "python" in line)
+
+    on_ray = launch("examples.digits:train", settings(tmp_path / "ray"), observe=observe)
+    inline = launch("examples.digits:train", settings(tmp_path / "inline", backend="inline"), observe=lambda row: None)
+
+    assert on_ray.summary["fingerprint"] == inline.summary["fingerprint"] != ""
+    for key in ("uplink_bytes", "downlink_bytes", "snapshot_bytes", "server_error_norm", "worker_error_norm", "reported"):
+        assert on_ray.summary[key] == inline.summary[key], key
+    assert on_ray.summary["rounds"] == ROUNDS
+    assert on_ray.summary["conservation_error"] <= 4
+    timed = ("seconds",)
+    rows = [[json.loads(line) for line in (r.path / "metrics.jsonl").read_text().splitlines()] for r in (on_ray, inline)]
+    for mine, theirs in zip(*rows, strict=True):
+        assert {k: v for k, v in mine.items() if k not in timed} == {k: v for k, v in theirs.items() if k not in timed}
+    model = network()
+    model.load_state_dict(on_ray.load_model())
+    assert addresses
+    assert all("127.0.0." in address for address in addresses), addresses
+
+
+def test_two_runs_with_the_same_seed_give_the_same_fingerprint_and_another_seed_another(tmp_path):
+    def fingerprint(name, seed):
+        values = settings(tmp_path, backend="inline", name=name, seed=seed, rounds=4, metrics={"port": None})
+        return launch("examples.digits:train", values, observe=lambda row: None).summary["fingerprint"]
+
+    first, second, other = fingerprint("a", 0), fingerprint("b", 0), fingerprint("c", 1)
+    assert first == second != other
+
+
+def test_a_large_broadcast_goes_through_the_object_store_and_arrives_intact(local_ray, tmp_path):
+    """Uncompressed frames of 600 kB are above Ray's limit for replies and take the other way."""
+    values = settings(tmp_path, rounds=3, uplink="none", downlink="none", feedback={"kind": "saef"})
+    on_ray = launch("examples.digits:train", {**values, "name": "big"}, observe=lambda row: None)
+    inline = launch("examples.digits:train", {**values, "name": "small", "backend": "inline"}, observe=lambda row: None)
+    assert on_ray.summary["downlink_bytes"] > 3 * 4 * 600_000
+    assert on_ray.summary["fingerprint"] == inline.summary["fingerprint"]
