@@ -42,7 +42,7 @@ def train(session: Session) -> None:
     """What every worker runs."""
     training, testing = data()
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-3)
     model, optimizer = session.prepare(model, optimizer)
     for images, labels in session.batches(training, batch_size=32):
         optimizer.zero_grad()

@@ -195,14 +195,13 @@ class TopK:
             total = torch.empty_like(vector)  # the old residual must survive a sum that is not finite
         else:
             total = out
-        indices, squares = self._select(vector, residual, total)
+        indices, values, squares = self._select(vector, residual, total)
         _check(squares)
-        values = total[indices].cpu().numpy()
-        body, sent = segment.pack_sparse(_code_for(self.values, vector), vector.numel(), indices.cpu().numpy(), values)
+        body, sent = segment.pack_sparse(_code_for(self.values, vector), vector.numel(), indices, values)
         if out is not None:
             if out is not total:
                 out.copy_(total)
-            out[indices] = torch.from_numpy(values - sent).to(out.device)
+            segment.Update(vector.numel(), indices, sent).subtract_from(out)
         if norms is not None:
             selected = float(cpu.magnitudes(values)[1])
             norms.before += squares
@@ -210,15 +209,13 @@ class TopK:
             norms.left += max(0.0, squares - selected) + float(cpu.magnitudes(values - sent)[1])
         return body, state
 
-    def _select(self, vector: Tensor, residual: Tensor | None, total: Tensor) -> tuple[Tensor, float]:
+    def _select(self, vector: Tensor, residual: Tensor | None, total: Tensor) -> tuple[cpu.Indices, cpu.Floats, float]:
         k = self.count(vector.numel())
-        if not vector.numel():
-            return torch.empty(0, dtype=torch.int64), 0.0
-        if vector.is_cuda:
-            return reference.top_k(vector, residual, total, k)
+        if vector.is_cuda or not vector.numel():
+            indices, values, squares = reference.top_k(vector, residual, total, k)
+            return indices.cpu().numpy(), values.cpu().numpy(), squares
         added = None if residual is None else residual.numpy()
-        indices, squares = cpu.top_k(vector.numpy(), added, total.numpy(), k)
-        return torch.from_numpy(indices), squares
+        return cpu.top_k(vector.numpy(), added, total.numpy(), k)
 
     def delta(self, numel: int) -> float:
         """See ``Compressor``."""

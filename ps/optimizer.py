@@ -55,11 +55,12 @@ class TorchOptimizer:
     Args:
         kind: class path such as ``torch.optim.SGD``.
         groups: one dict a parameter group: ``params`` (names of layout entries) and options.
+        options: of all groups.
     """
 
     needs_model = True
 
-    def __init__(self, layout: Layout, kind: str, groups: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, layout: Layout, kind: str, groups: Sequence[dict[str, Any]], **options: Any) -> None:
         self.layout = layout
         self._places = {s.entry.name: s for s in layout.segments if s.entry.role == "parameter"}
         self._parameters = {
@@ -68,11 +69,9 @@ class TorchOptimizer:
         }
         try:
             arguments = [{**g, "params": [self._parameters[n] for n in g["params"]]} for g in groups]
-            self.optimizer: torch.optim.Optimizer = optimizer_class(kind)(arguments)
         except KeyError as error:
             raise SettingsError(f"the server's optimizer {kind!r} is of {error}, which is not in the model") from None
-        except (TypeError, ValueError) as error:
-            raise SettingsError(f"the server's optimizer {kind!r} does not take these options: {error}") from None
+        self.optimizer = build(kind, arguments, options)
 
     def step(self, total: Tensor, model: Tensor | None, options: Options | None) -> Tensor:
         """See ``ServerOptimizer``. ``x`` minus the stepped ``x``, elsewhere the sum."""
@@ -90,6 +89,20 @@ class TorchOptimizer:
             if place.entry.name not in self._parameters:
                 out[place.start : place.stop] = total[place.start : place.stop]
         return out
+
+
+def build(kind: str, groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
+    """The optimizer; torch checks ``options``, but takes whatever it finds in groups.
+
+    Raises:
+        SettingsError: there is no such class, or it does not take these options.
+    """
+    found = optimizer_class(kind)
+    try:
+        optimizer: torch.optim.Optimizer = found(groups, **options)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"the server's optimizer {kind!r} does not take these options: {error}") from None
+    return optimizer
 
 
 def optimizer_class(kind: str) -> Any:

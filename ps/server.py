@@ -399,4 +399,4 @@ def _optimizer(plan: Plan, layout: Layout, first: Join) -> ServerOptimizer:
     if settings.kind == "sum":
         return Sum()
     names = [s.entry.name for s in layout.segments if s.entry.role == "parameter"]
-    return TorchOptimizer(layout, settings.kind, [{"params": names, **settings.options}])
+    return TorchOptimizer(layout, settings.kind, [{"params": names}], **settings.options)

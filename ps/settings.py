@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+from ps.optimizer import build
 
 
 class Strict(BaseModel):
@@ -25,6 +28,12 @@ class OptimizerSettings(BaseModel):
     def options(self) -> dict[str, Any]:
         """What is passed to the class beside the parameters."""
         return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _torch_takes_them(self) -> Self:
+        if self.kind != "sum":
+            build(self.kind, [{"params": [torch.nn.Parameter(torch.zeros(1))]}], self.options)
+        return self
 
 
 class ServerSettings(Strict):

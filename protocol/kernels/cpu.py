@@ -20,15 +20,9 @@ from numba import njit
 Floats = npt.NDArray[np.floating[Any]]
 Indices = npt.NDArray[np.int64]
 
-BLOCK = 4096  # values that stay in the first-level cache between the two inner loops
-GROUP = 32  # values whose largest magnitude is looked at before any of them is
+BLOCK = 4096  # values that stay in the first-level cache between the inner loops; a multiple of 8
 SAMPLE = 1 << 16
 SLACK = 4.5  # standard deviations by which the sample may overestimate the threshold
-
-# magnitudes are compared as integers: the bits of a float without its sign are ordered like its
-# magnitude, and an integer maximum fills vector registers where a floating one must mind NaN
-_BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
-_MAGNITUDE = {np.dtype(t): t(np.iinfo(t).max) for t in (np.int32, np.int64)}
 
 
 # reassociation lets the sum of squares use vector registers; nothing else in here may be reordered,
@@ -55,32 +49,36 @@ def magnitudes(values):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _peak(bits, mask):  # type: ignore[no-untyped-def]
-    peak = bits[0] & mask
-    for i in range(1, bits.size):
-        peak = max(peak, bits[i] & mask)
-    return peak
+def _flag(total, threshold, flags):  # type: ignore[no-untyped-def]
+    """One byte a value: 1 where the magnitude reaches the threshold, which NaN never does."""
+    for i in range(total.size):
+        flags[i] = np.abs(total[i]) >= threshold
+    flags[total.size :] = 0
 
 
 @njit(cache=True, nogil=True)
-def _collect(bits, start, stop, mask, threshold, found, count):  # type: ignore[no-untyped-def]
-    """Append the places in ``[start, stop)`` whose magnitude reaches the threshold."""
-    for group in range(start, stop, GROUP):
-        end = min(group + GROUP, stop)
-        if _peak(bits[group:end], mask) >= threshold:
-            for i in range(group, end):
+def _collect(total, start, words, found, values, count):  # type: ignore[no-untyped-def]
+    """Append the flagged places and what is there. A word is eight flags, the first in its lowest byte."""
+    for w in range(words.size):
+        word, i = words[w], start + 8 * w
+        while word:
+            if word & np.uint64(1):
                 found[count] = i
-                count += np.int64((bits[i] & mask) >= threshold)
+                values[count] = total[i]
+                count += 1
+            word >>= np.uint64(8)
+            i += 1
     return count
 
 
 @njit(cache=True, nogil=True)
-def _scan(vector, residual, total, bits, mask, threshold, found):  # type: ignore[no-untyped-def]
+def _scan(vector, residual, total, threshold, found, values):  # type: ignore[no-untyped-def]
     """Write ``vector + residual`` to ``total`` (unless residual is empty), collect the candidates.
 
     A count above ``found.size - BLOCK`` says that there were too many, and ``found`` is not complete.
     """
     count, squares = 0, 0.0
+    flags = np.empty(BLOCK, np.uint8)
     for start in range(0, vector.size, BLOCK):
         stop = min(start + BLOCK, vector.size)
         if residual.size:
@@ -88,7 +86,8 @@ def _scan(vector, residual, total, bits, mask, threshold, found):  # type: ignor
         else:
             squares += magnitudes(vector[start:stop])[1]
         if count <= found.size - BLOCK:
-            count = _collect(bits, start, stop, mask, threshold, found, count)
+            _flag(total[start:stop], threshold, flags)
+            count = _collect(total, start, flags.view(np.uint64), found, values, count)
     return count, squares
 
 
@@ -106,18 +105,16 @@ def _sample(vector, residual, step, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _refine(total, found, kth, ties, out):  # type: ignore[no-untyped-def]
+def _refine(found, values, kth, ties, indices, kept):  # type: ignore[no-untyped-def]
     """Keep what is larger than the k-th magnitude, and of its equals the first ``ties``."""
     count = 0
     for i in range(found.size):
-        magnitude = np.abs(total[found[i]])
-        if magnitude > kth:
-            out[count] = found[i]
+        magnitude = np.abs(values[i])
+        if magnitude > kth or (magnitude == kth and ties > 0):
+            indices[count] = found[i]
+            kept[count] = values[i]
             count += 1
-        elif magnitude == kth and ties > 0:
-            out[count] = found[i]
-            count += 1
-            ties -= 1
+            ties -= magnitude == kth
     return count
 
 
@@ -139,41 +136,39 @@ def _threshold(vector: Floats, residual: Floats, k: int) -> float:
     return float(np.partition(sample, SAMPLE - rank)[SAMPLE - rank])
 
 
-def top_k(vector: Floats, residual: Floats | None, total: Floats, k: int) -> tuple[Indices, float]:
-    """Indices of the ``k`` largest ``|vector + residual|``, ascending, and ``|vector + residual|**2``.
+def top_k(vector: Floats, residual: Floats | None, total: Floats, k: int) -> tuple[Indices, Floats, float]:
+    """The ``k`` largest ``|vector + residual|``: ascending indices, values, and ``|vector + residual|**2``.
 
     Elements that are exactly zero are never selected, so there may be fewer than ``k``. Ties go to
-    the lowest index. If the returned square is not finite, there are no indices.
+    the lowest index. If the returned square is not finite, nothing is selected.
 
     Args:
         vector: shape ``(n,)``, float32 or float64.
         residual: the same, or None for zeros.
         total: receives ``vector + residual``; with ``residual=None`` it must be ``vector`` itself.
+        k: at least 1 and at most ``n``.
     """
     n = vector.size
-    threshold = 0.0
-    if n > 4 * SAMPLE:
-        threshold = _threshold(vector, vector[:0] if residual is None else residual, k)
+    added = vector[:0] if residual is None else residual
+    threshold = _threshold(vector, added, k) if n > 4 * SAMPLE else 0.0
     room = n if threshold == 0.0 else min(n, 2 * k + SAMPLE)
-    found, count, squares = _candidates(vector, residual, total, threshold, room)
+    found, values, count, squares = _candidates(vector, added, total, threshold, room)
     if not np.isfinite(squares):
-        return found[:0], squares
-    if count < k or count > room:
-        found, count = np.arange(n, dtype=np.int64), n  # the sample misled
-    found = found[:count]
-    candidates = np.abs(total[found])
-    kth = np.partition(candidates, count - k)[count - k]
-    ties = 0 if kth == 0 else k - int(np.count_nonzero(candidates > kth))
-    out = np.empty(k, np.int64)
-    return out[: _refine(total, found, kth, ties, out)], squares
+        return found[:0], values[:0], squares
+    if count < k or count > room:  # the sample misled
+        found, values, count = np.arange(n, dtype=np.int64), total, n
+    found, values = found[:count], values[:count]
+    magnitude = np.abs(values)
+    kth = np.partition(magnitude, count - k)[count - k]
+    ties = 0 if kth == 0 else k - int(np.count_nonzero(magnitude > kth))
+    indices, kept = np.empty(k, np.int64), np.empty(k, total.dtype)
+    count = _refine(found, values, kth, ties, indices, kept)
+    return indices[:count], kept[:count], squares
 
 
 def _candidates(
-    vector: Floats, residual: Floats | None, total: Floats, threshold: float, room: int
-) -> tuple[Indices, int, float]:
-    bits = total.view(_BITS[total.dtype])
-    found = np.empty(room + BLOCK, np.int64)
-    limit = np.asarray(threshold, total.dtype).view(bits.dtype)[()]
-    added = vector[:0] if residual is None else residual
-    count, squares = _scan(vector, added, total, bits, _MAGNITUDE[bits.dtype], limit, found)
-    return found, int(count), float(squares)
+    vector: Floats, added: Floats, total: Floats, threshold: float, room: int
+) -> tuple[Indices, Floats, int, float]:
+    found, values = np.empty(room + BLOCK, np.int64), np.empty(room + BLOCK, total.dtype)
+    count, squares = _scan(vector, added, total, total.dtype.type(threshold), found, values)
+    return found, values, int(count), float(squares)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def top_k(vector: Tensor, residual: Tensor | None, total: Tensor, k: int) -> tuple[Tensor, float]:
-    """Indices of the ``k`` largest ``|vector + residual|``, ascending, and ``|vector + residual|**2``.
+def top_k(vector: Tensor, residual: Tensor | None, total: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
+    """The ``k`` largest ``|vector + residual|``: ascending indices, values, and ``|vector + residual|**2``.
 
     The contract is that of ``protocol.kernels.cpu.top_k``: ties go to the lowest index, zeros are
     never selected, ``total`` receives the sum (with ``residual=None`` it must be ``vector`` itself).
@@ -16,5 +16,5 @@ def top_k(vector: Tensor, residual: Tensor | None, total: Tensor, k: int) -> tup
         torch.add(vector, residual, out=total)
     magnitude = total.abs()
     places = torch.sort(magnitude, descending=True, stable=True).indices[:k]
-    places = torch.sort(places).values
-    return places[magnitude[places] > 0], float(total.double().square().sum())
+    places = torch.sort(places[magnitude[places] > 0]).values
+    return places, total[places], float(total.double().square().sum())
