@@ -88,13 +88,19 @@ def unpack(frame: U8) -> Frame:
         raise DecodeError("the frame was altered on its way: its CRC does not match")
     split = HEADER.size + table_size
     try:
-        fields = msgpack.unpackb(frame[HEADER.size : split], strict_map_key=False)
+        fields = msgpack.unpackb(frame[HEADER.size : split], strict_map_key=False, object_pairs_hook=_distinct)
     except (TypeError, ValueError, msgpack.UnpackException) as error:  # TypeError: a map or list as key
         raise DecodeError(f"the frame's map is not valid msgpack: {error}") from None
     if not isinstance(fields, dict) or not all(type(key) is int for key in fields):
         raise DecodeError("the frame's map has keys that are not integers")
     bodies = _cut(fields.pop(LENGTHS, b""), frame[split : -CRC.size])
     return Frame(kind, layout, fields, bodies)
+
+
+def _distinct(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    if len(fields := dict(pairs)) != len(pairs):
+        raise ValueError("a key comes twice")
+    return fields
 
 
 def _cut(lengths: Any, data: U8) -> tuple[U8, ...]:

@@ -330,11 +330,11 @@ class Server:
             updates = messages.updates(leave, state.layout) if leave.bodies else None
         except DecodeError as error:
             raise Refused("segment", f"worker {worker} handed over no valid residual: {error}") from None
-        if leave.cause == "not_finite":
-            self.vitals.rejected["not_finite"] += 1
         self.vitals.leaves[leave.cause] += 1
         self._farewells[worker] = Farewell(state.version, layout=state.layout.hash).pack()
         answers = [self._answer(ticket, "update", self._farewells[worker])]
+        if leave.cause == "not_finite":
+            return answers + self._fail(f"worker {worker} found NaN or Inf in its update")
         if self.finished:
             return answers
         answers += self._withdraw(worker)
@@ -343,6 +343,17 @@ class Server:
         self._leaving[worker] = None if updates is None else Contribution(worker, number, updates)
         self.vitals.handed_over += updates is not None
         return answers + self._close_if_complete()
+
+    def _fail(self, why: str) -> list[Answer]:
+        """End the run at the last whole version, rather than fold a round that one worker could not make."""
+        self.vitals.rejected["not_finite"] += 1
+        self.vitals.state = "failed"
+        self.finished = True
+        waiting = [*self._pending.values(), *self._joining.values()]
+        self._pending.clear()
+        self._joining.clear()
+        frame = Refusal("finished", f"the run has ended: {why}").pack()
+        return [self._answer(ticket, "update", frame) for one in waiting for ticket in one.tickets]
 
     def _withdraw(self, worker: int) -> list[Answer]:
         """Drop the average of a worker that will not see the answer; nothing of it was used."""

@@ -162,6 +162,13 @@ def test_the_worst_case_of_a_geometric_code_is_just_within_its_delta(values, q):
     assert float((left[middle].abs() / total[middle]).max()) == pytest.approx((q - 1) / (q + 1), rel=1e-3)
 
 
+def test_a_value_in_the_middle_of_two_levels_goes_to_the_smaller():
+    levels = [4.0**i for i in range(8)]
+    middles = [-2.5 * level for level in levels[:-1]]
+    _, sent, _, _ = step("topk:1+int4", torch.tensor(levels + middles))
+    assert sent.tolist() == levels + [-level for level in levels[:-1]]
+
+
 @pytest.mark.parametrize("numel", [1, 3, 40])
 def test_the_worst_case_of_sign_loses_exactly_one_minus_delta(numel):
     worst = torch.zeros(numel)
@@ -311,9 +318,7 @@ def test_decode_refuses_any_other_size(spec, given_, other):
 
 @every_spec
 @laws(12)
-@given(
-    data=st.data(), place_residual=st.booleans(), out=st.sampled_from(["residual", "its alias", "another"])
-)
+@given(data=st.data(), place_residual=st.booleans(), out=st.sampled_from(["residual", "its alias", "another"]))
 def test_an_update_that_is_not_finite_is_refused_and_nothing_changes(spec, data, place_residual, out):
     dtype = data.draw(st.sampled_from(DTYPES))
     numel = data.draw(st.integers(1, 40))

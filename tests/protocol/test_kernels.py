@@ -178,13 +178,18 @@ def test_a_sample_that_sees_only_zeros_makes_every_element_a_candidate(passes):
 def test_a_count_that_just_fits_is_not_taken_for_too_many(passes):
     k = 100
     room = 2 * k + cpu.SAMPLE
-    vector = np.full(LONG, 0.25, np.float32)
-    free = np.setdiff1d(np.arange(LONG), sampled(LONG, k))
-    vector[sampled(LONG, k)[: 2 * k]] = 1.0  # the threshold becomes 1
-    vector[free[: room - 2 * k]] = 1.0
-    assert int((vector == 1.0).sum()) == room
+    vector = np.where(np.arange(LONG) < room, 1.0, 0.25).astype(np.float32)
     check(vector, None, k)
     assert passes == [(1.0, room, room)]
+
+
+def test_candidates_that_fill_the_room_are_not_taken_for_all_of_them(passes):
+    k = 100
+    room = 2 * k + cpu.SAMPLE
+    vector = np.where(np.arange(LONG) < room, 1.0, 0.25).astype(np.float32)
+    vector[-1] = 2.0  # found when the room is full
+    assert LONG - 1 in check(vector, None, k)
+    assert passes == [(1.0, room + 1, room)]
 
 
 # --- what is not finite

@@ -89,9 +89,7 @@ def test_the_working_precision_is_float64_if_a_parameter_is():
 
 def test_bytes_are_those_of_the_tensor_itself():
     tensors = [torch.zeros(3, 4, dtype=dtype) for dtype in DTYPES.values()]
-    layout = layout_of(
-        [("w", torch.nn.Parameter(torch.zeros(1)))], [(f"b{i}", t) for i, t in enumerate(tensors)]
-    )
+    layout = layout_of([("w", torch.nn.Parameter(torch.zeros(1)))], [(f"b{i}", t) for i, t in enumerate(tensors)])
     assert [e.nbytes for e in layout.entries[1:]] == [t.nbytes for t in tensors]
 
 

@@ -34,9 +34,7 @@ def chosen(numel, count, seed):
 def selections(draw, max_numel=2**50):
     """Ascending indices and their range: scattered, clustered, dense, at both ends."""
     numel = draw(st.integers(1, 60) | st.integers(1, max_numel))
-    runs = draw(
-        st.lists(st.tuples(st.integers(0, numel - 1), st.integers(1, 30), st.integers(1, 9)), max_size=5)
-    )
+    runs = draw(st.lists(st.tuples(st.integers(0, numel - 1), st.integers(1, 30), st.integers(1, 9)), max_size=5))
     places = {start + i * stride for start, length, stride in runs for i in range(length)}
     places |= set(draw(st.lists(st.integers(0, numel - 1), max_size=20)))
     return ascending(*sorted(p for p in places if p < numel)), numel
@@ -78,8 +76,7 @@ def test_every_parameter_decodes_what_the_docstring_of_the_format_describes(b):
     remainders = "".join(format(gap & ((1 << b) - 1), f"0{b}b")[::-1] if b else "" for gap in gaps)
     unary = "".join("0" * (gap >> b) + "1" for gap in gaps)
     data = b"".join(
-        int(bits[::-1], 2).to_bytes(-(-len(bits) // 8), "little") if bits else b""
-        for bits in (remainders, unary)
+        int(bits[::-1], 2).to_bytes(-(-len(bits) // 8), "little") if bits else b"" for bits in (remainders, unary)
     )
     assert np.array_equal(rice.decode(np.frombuffer(data, np.uint8), b, len(gaps), numel), indices)
 

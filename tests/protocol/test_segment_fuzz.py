@@ -48,9 +48,7 @@ def bodies(draw):
     """A valid body and its number of elements."""
     numel = draw(st.integers(0, 40))
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    vector = torch.from_numpy(np.random.default_rng(draw(st.integers(0, 2**32))).normal(size=numel) ** 3).to(
-        dtype
-    )
+    vector = torch.from_numpy(np.random.default_rng(draw(st.integers(0, 2**32))).normal(size=numel) ** 3).to(dtype)
     if draw(st.booleans()):
         vector[::2] = 0
     payload, _ = compressor(draw(st.sampled_from(SPECS))).encode(vector, (), 1)
@@ -61,9 +59,7 @@ def bodies(draw):
 def announcements(draw):
     """A body that begins like one: known codes, the right number of elements, then anything."""
     numel = draw(st.integers(0, 50) | st.integers(0, 2**62))
-    value_id = draw(st.sampled_from([code.wire_id for code in CODES])) | draw(
-        st.sampled_from([0, segment.WIDE])
-    )
+    value_id = draw(st.sampled_from([code.wire_id for code in CODES])) | draw(st.sampled_from([0, segment.WIDE]))
     index_code = draw(st.sampled_from([segment.ALL, segment.NOTHING, segment.RICE]))
     head = bytes([index_code, value_id]) + segment.pack_varint(numel)
     if index_code == segment.RICE:
@@ -131,9 +127,7 @@ def test_every_flipped_bit_is_survived(body):
 
 
 @laws(400)
-@given(
-    body=bodies(), edits=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=6)
-)
+@given(body=bodies(), edits=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=6))
 def test_altered_bytes_are_survived(body, edits):
     data, numel = body
     altered = bytearray(data)
@@ -271,9 +265,7 @@ def test_a_varint_comes_back_with_the_place_behind_it(number, before, after):
     assert segment.take_varint(data, len(before)) == (number, data.size - len(after))
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"\x80", b"\xff" * 8, b"\xff" * 9 + b"\x01", b"\x80\x00", b"\x81\x80\x00"]
-)
+@pytest.mark.parametrize("data", [b"", b"\x80", b"\xff" * 8, b"\xff" * 9 + b"\x01", b"\x80\x00", b"\x81\x80\x00"])
 def test_a_varint_that_is_cut_too_long_or_padded_is_refused(data):
     with pytest.raises(DecodeError):
         segment.take_varint(np.frombuffer(data, np.uint8), 0)

@@ -20,9 +20,7 @@ def test_a_dense_specification_parses(spec):
 
 
 @pytest.mark.parametrize("values", VALUES)
-@pytest.mark.parametrize(
-    "ratio", ["0.01", "1e-05", "0.123456789012345678", "5e-324", "0.9999999999999999", "1"]
-)
+@pytest.mark.parametrize("ratio", ["0.01", "1e-05", "0.123456789012345678", "5e-324", "0.9999999999999999", "1"])
 def test_a_selection_with_a_value_code_parses(ratio, values):
     c = compressor(f"topk:{ratio}+{values}")
     assert c == TopK(float(ratio), values)
@@ -140,9 +138,7 @@ def test_the_first_override_that_matches_a_name_counts():
 
 
 def test_an_override_that_matches_nothing_or_is_not_valid_is_refused():
-    with pytest.raises(
-        SettingsError, match=r"'tail\.\*', which matches no tensor; the model has head\.weight"
-    ):
+    with pytest.raises(SettingsError, match=r"'tail\.\*', which matches no tensor; the model has head\.weight"):
         chosen({"tail.*": "f32"})
     with pytest.raises(SettingsError, match="'topq'"):
         chosen({"head.*": "topq:1"})
@@ -162,9 +158,7 @@ def test_the_tree_in_the_docstring_is_the_tree_of_errors():
 
 
 @pytest.mark.parametrize("error", classes(), ids=lambda error: error.__name__)
-@pytest.mark.parametrize(
-    "again", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy], ids=["pickle", "copy"]
-)
+@pytest.mark.parametrize("again", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy], ids=["pickle", "copy"])
 def test_an_error_survives_its_way_between_processes(error, again):
     first = error("stale", "this is too old") if error is errors.Refused else error("'x' is not valid")
     second = again(first)

@@ -146,6 +146,8 @@ def test_a_header_whose_lengths_lie_is_refused(sizes):
         pytest.param(b"\x81\xa1a\x01", id="text key"),
         pytest.param(b"\x81\xc3\x01", id="true as key, which Python takes for 1"),
         pytest.param(b"\x81\xcb\x3f\xf0\x00\x00\x00\x00\x00\x00\x01", id="1.0 as key, which Python takes for 1"),
+        pytest.param(b"\x82\x01\x02\x01\x03", id="a key twice"),
+        pytest.param(b"\x81\x01\x82\x05\x02\x05\x03", id="a key twice deeper down"),
         pytest.param(b"\x81\x80\x01", id="map as key"),
         pytest.param(b"\x81\x90\x01", id="list as key"),
         pytest.param(b"\x81\x01\x81\x80\x01", id="map as key deeper down"),

@@ -110,11 +110,18 @@ def test_what_is_refused_is_counted_and_leaves_no_trace(rig, reason, message):
     assert one.server.state.weights == other.server.state.weights
 
 
-def test_a_non_finite_update_is_counted_when_its_worker_leaves_because_of_it(rig):
-    one, _ = in_a_round(rig)
+def test_a_non_finite_update_is_counted_and_ends_the_run_at_the_last_whole_version(rig):
+    one, pushed = in_a_round(rig)
+    version, before = one.server.state.version, one.w.clone()
     assert isinstance(one.ask(one.leave(1, cause="not_finite")), Farewell)
     assert one.vitals.rejected == {"not_finite": 1}
     assert one.vitals.leaves == {"not_finite": 1}
+    refusal = one.answer(pushed)
+    assert refusal.reason == "finished"
+    assert "worker 1 found NaN or Inf" in refusal.detail
+    assert one.server.finished
+    assert one.server.state.version == version
+    assert torch.equal(one.w, before)
 
 
 @pytest.mark.parametrize("message", [lambda one: one.push(1), lambda one: one.average(1), lambda one: one.join(5)])
