@@ -37,7 +37,13 @@ def main() -> None:
         accuracies, early, last = [], [], None
         for seed in range(options.seeds):
             name = f"{label.replace(' ', '-').replace('%', 'percent')}-{seed}"
-            common = ["backend=inline", "metrics.port=null", f"seed={seed}", f"name={name}", f"storage.dir={options.out}"]
+            common = [
+                "backend=inline",
+                "metrics.port=null",
+                f"seed={seed}",
+                f"name={name}",
+                f"storage.dir={options.out}",
+            ]
             settings = load(Path("examples/digits.yaml"), [*common, *changes])
             rows: list = []
             last = launch(settings.train, settings, observe=rows.append)
@@ -46,8 +52,11 @@ def main() -> None:
             if seed == 0 and label in PLOTTED:
                 pictures.append(last.path)
         each = ", ".join(f"{a:.2f}" for a in accuracies)
-        ratios = [f"{last.summary[f'{way}_bytes']:,}, {last.summary[f'{way}_ratio']:.1f}x" for way in ("uplink", "downlink")]
-        print(f"| {label} | {statistics.mean(accuracies):.2f} % ({each}) | {statistics.mean(early):.2f} | {' | '.join(ratios)} |")
+        ratios = [
+            f"{last.summary[f'{way}_bytes']:,}, {last.summary[f'{way}_ratio']:.1f}x" for way in ("uplink", "downlink")
+        ]
+        mean = f"{statistics.mean(accuracies):.2f} % ({each})"
+        print(f"| {label} | {mean} | {statistics.mean(early):.2f} | {' | '.join(ratios)} |", flush=True)
     options.plot.parent.mkdir(parents=True, exist_ok=True)
     write_plot(pictures, "loss", options.plot)
 

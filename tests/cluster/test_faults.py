@@ -14,7 +14,7 @@ import yaml
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(400)]
 
-PROJECT = '''
+PROJECT = """
 import os
 import time
 
@@ -40,13 +40,19 @@ def train(session, act="train"):
             time.sleep(0.05)
             with open("pids", "a") as file:
                 file.write(f"{os.getpid()}\\n")
-'''
+"""
 
 
 @pytest.fixture
 def project(tmp_path):
     (tmp_path / "myproject.py").write_text(PROJECT)
-    settings = {"name": "mine", "train": "myproject:train", "rounds": 8, "workers": {"count": 2}, "metrics": {"port": 0}}
+    settings = {
+        "name": "mine",
+        "train": "myproject:train",
+        "rounds": 8,
+        "workers": {"count": 2},
+        "metrics": {"port": 0},
+    }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path
 
@@ -76,7 +82,15 @@ def descendants(pid):
 
 
 def alive(pids):
-    return {pid for pid in pids if Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()}
+    found = set()
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state != "Z":
+            found.add(pid)
+    return found
 
 
 def wait_for_training(project, process, workers=2):

@@ -5,7 +5,7 @@ import sys
 import pytest
 import yaml
 
-PROJECT = '''
+PROJECT = """
 import os
 import time
 
@@ -48,7 +48,7 @@ def never(session):
 
 
 nothing = 3
-'''
+"""
 
 
 @pytest.fixture

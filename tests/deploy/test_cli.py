@@ -51,7 +51,8 @@ def test_check_prints_settings_bytes_and_memory_and_trains_nothing(carryover, pr
 
 def test_check_refuses_a_function_that_prepares_no_model(carryover):
     status, _, err = carryover("check", "run.yaml", "train=myproject:never")
-    assert (status, err) == (2, "carryover: train is 'myproject:never', but that function never calls session.prepare\n")
+    assert status == 2
+    assert err == "carryover: train is 'myproject:never', but that function never calls session.prepare\n"
 
 
 @pytest.mark.parametrize(

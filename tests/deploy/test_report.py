@@ -151,9 +151,7 @@ def test_every_plot_is_there_under_its_title(page: Page) -> None:
 def test_a_report_asks_no_other_host_for_anything(page: Page, tmp_path: Path) -> None:
     runs = [run_directory(tmp_path / name, outcome=summary()) for name in ("a", "b")]
     for one in (page, report(*runs)):
-        outside = [
-            value for _, name, value in one.attributes if "//" in value and not name.startswith("xmlns")
-        ]
+        outside = [value for _, name, value in one.attributes if "//" in value and not name.startswith("xmlns")]
         assert outside == []
         without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", one.html)
         assert not re.search(r"https?:|//\w|@import|url\((?!#)", without_namespaces)
@@ -263,9 +261,7 @@ def test_what_users_name_is_escaped(tmp_path: Path) -> None:
 def test_several_runs_are_overlaid_and_compared(tmp_path: Path) -> None:
     settings = "name: digits\nfeedback:\n  kind: {}\n"
     saef = run_directory(tmp_path / "saef", outcome=summary(), settings=settings.format("saef"))
-    none = run_directory(
-        tmp_path / "none", outcome=summary(uplink_ratio=1.0), settings=settings.format("none <i>")
-    )
+    none = run_directory(tmp_path / "none", outcome=summary(uplink_ratio=1.0), settings=settings.format("none <i>"))
     assert write_report([saef, none]) == tmp_path / "comparison.html"
     page = report(saef, none)
     assert page.texts["h2"] == [*PLOT_TITLES, "Settings"]
@@ -348,9 +344,7 @@ def test_the_running_mean_keeps_constants_and_its_window_grows_from_the_start() 
 
 def test_a_folder_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(
-            SettingsError, match=rf"{re.escape(str(folder))} is not a run directory: expected"
-        ):
+        with pytest.raises(SettingsError, match=rf"{re.escape(str(folder))} is not a run directory: expected"):
             write_report([folder])
     with pytest.raises(SettingsError, match="no run directory was given"):
         write_report([])

@@ -21,7 +21,8 @@ def test_every_setting_but_train_has_a_default():
 
 
 def test_resolved_settings_load_as_the_same_settings(tmp_path):
-    settings = validate({"train": "m:f", "feedback": {"kind": "saef", "average_every": 5}, "overrides": {"*.bias": "f32"}})
+    feedback = {"kind": "saef", "average_every": 5}
+    settings = validate({"train": "m:f", "feedback": feedback, "overrides": {"*.bias": "f32"}})
     file = tmp_path / "run.yaml"
     file.write_text(resolved(settings))
     assert load(file) == settings
