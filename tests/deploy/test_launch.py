@@ -12,10 +12,22 @@ from deploy.settings import load
 from protocol import SettingsError
 from protocol.errors import RunFailed
 
-SUMMARY = set(
-    "rounds workers seconds uplink_bytes downlink_bytes uplink_ratio downlink_ratio snapshot_bytes server_error_norm "
-    "worker_error_norm discarded_norm conservation_error fingerprint reported".split()
-)
+SUMMARY = {
+    "rounds",
+    "workers",
+    "seconds",
+    "uplink_bytes",
+    "downlink_bytes",
+    "uplink_ratio",
+    "downlink_ratio",
+    "snapshot_bytes",
+    "server_error_norm",
+    "worker_error_norm",
+    "discarded_norm",
+    "conservation_error",
+    "fingerprint",
+    "reported",
+}
 
 
 def run(project, *overrides, observe=lambda row: None):

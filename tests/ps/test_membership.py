@@ -9,6 +9,7 @@ import torch
 
 from protocol import Layout, messages, snapshot
 from protocol.messages import Entry, Farewell, Refusal, Welcome
+from ps.log import Log
 
 ALL = {0: 1.0, 1: 2.0, 2: 3.0}
 
@@ -246,6 +247,16 @@ def test_a_replica_older_than_the_log_gets_a_snapshot(rig):
     farther = one.send(one.join(8, version=2))
     one.round(dict.fromkeys(ALL, one_hot(one, 0)))
     assert [len(one.heard[ticket]) for ticket in (joiner, farther)] == [3, 1]
+
+
+def test_an_empty_log_does_not_pass_for_no_news(rig):
+    """As after a restart from a snapshot."""
+    one, _, _ = sparse_run(rig)
+    one.server.state.log = Log()
+    (welcome,) = one.answers(one.send(one.join(1, version=3)))
+    assert (welcome.version, len(welcome.bodies)) == (4, 4)
+    (welcome,) = one.answers(one.send(one.join(1, version=4)))
+    assert (welcome.version, len(welcome.bodies)) == (4, 0)
 
 
 def test_entries_for_a_joiner_are_the_frames_that_were_broadcast(rig):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import linecache
 import math
 from functools import partial
@@ -13,8 +12,12 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import TensorDataset
 
+from deploy.launch import plans
+from deploy.settings import validate
 from protocol.errors import RunFailed
+from protocol.messages import Refusal
 from workers.hooks import StatefulOptimizerWarning
+from workers.runner import run
 
 SENDS = ["difference", "gradient"]
 DATA = TensorDataset(
@@ -444,6 +447,18 @@ def test_an_update_that_is_not_finite_is_refused_by_name_and_touches_nothing(inl
     assert session.version == 3
     assert session._sender.conservation_error() <= 4
     assert inline.summary["status"] == "failed"
-    assert inline.summary["rejected"] == {"not_finite": 1}
-    assert json.loads((inline.folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])["version"] >= 3
-    assert torch.isfinite(inline.server.state.w).all()
+    assert inline.summary["rejected"]["not_finite"] == 1
+    assert inline.summary["rejected"].keys() <= {"not_finite", "finished"}  # what others still sent to the ended run
+    assert inline.summary["rounds"] == inline.server.state.version == 3
+    assert torch.equal(inline.server.state.w, kept[1][0])
+
+
+@pytest.mark.parametrize(("reason", "stopped"), [("finished", True), ("layout", False)])
+def test_a_worker_that_is_refused_because_the_run_has_ended_was_stopped_and_did_not_fail(reason, stopped):
+    class Refusing:
+        def call(self, frame):
+            return [Refusal(reason, "no more").pack()]
+
+    settings = validate({"train": "a:b", "workers": {"count": 1}})
+    outcome = run(ready, plans(settings)[1][0], Refusing(), 1, torch.device("cpu"))
+    assert (outcome.error, outcome.stopped) == ("no more", stopped)
