@@ -14,6 +14,15 @@ LONG = 4 * cpu.SAMPLE + 12_345  # long enough that the threshold comes from a sa
 DTYPES = (np.float32, np.float64)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other on a busy machine would take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def passes(monkeypatch):
     """Threshold, number of candidates and room for them of each pass over the data.
@@ -197,7 +206,7 @@ def test_candidates_that_fill_the_room_are_not_taken_for_all_of_them(passes):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 33, LONG])
+@pytest.mark.parametrize("n", [1, 33, cpu.BLOCK + 1, LONG])
 def test_anything_that_is_not_finite_makes_the_square_not_finite(n, dtype, bad):
     for place in {0, n // 2, n - 1}:
         vector, residual = random(n).astype(dtype), np.zeros(n, dtype)

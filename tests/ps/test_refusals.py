@@ -132,6 +132,17 @@ def test_a_run_that_has_ended_takes_nothing_more(rig, message):
     assert one.vitals.rejected == {"finished": 1}
 
 
+@pytest.mark.parametrize("sequence", [0, 6, 99])
+def test_a_worker_may_begin_at_any_number_but_has_one_message_at_a_time(rig, sequence):
+    one = rig().start()
+    first = one.send(one.push(1, 5.0, sequence=5))
+    assert one.ask(one.push(1, sequence=sequence)).reason == "sequence"
+    assert one.ask(one.average(1, sequence=sequence)).reason == "sequence"
+    for worker in (0, 2):
+        one.send(one.push(worker))
+    assert torch.equal(one.dense(one.answer(first)), torch.full((25,), 5.0))
+
+
 @pytest.mark.parametrize("message", [lambda one: one.push(1, version=0), lambda one: one.leave(1)])
 def test_before_the_first_round_there_are_no_members(rig, message):
     one = rig()
