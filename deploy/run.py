@@ -117,13 +117,15 @@ class Run:
             self._outcomes += ended
             failed = [o for o in ended if o.error is not None and not o.stopped]
             if failed and self.failure is None:
-                first = failed[0]
-                self.failure = RunFailed(first.error or "", first.traceback, first.expected)
+                self.failure = _failure(failed[0])
                 return
+        ended_early = [o for o in self._outcomes if o.error is not None]
+        if ended_early and self.failure is None:
+            self.failure = _failure(ended_early[0])
 
     def _summary(self, known: dict[str, Any], seconds: float) -> dict[str, Any]:
         good = [o for o in self._outcomes if o.error is None]
-        prints = {o.fingerprint for o in good}
+        prints = {o.fingerprint for o in good if o.fingerprint}
         if len(prints) > 1 and self.failure is None:
             self.failure = RunFailed(f"the workers' replicas differ at the end: {', '.join(sorted(prints))}")
         for outcome in good:
@@ -146,3 +148,7 @@ class Run:
         }
         self.directory.finish(summary)
         return summary
+
+
+def _failure(outcome: Outcome) -> RunFailed:
+    return RunFailed(outcome.error or "", outcome.traceback, outcome.expected)

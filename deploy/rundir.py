@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ class RunDirectory:
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append one line a round."""
         for row in rows:
-            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.write(json.dumps(_strict(row), allow_nan=False) + "\n")
         self._metrics.flush()
 
     def save_model(self, data: npt.NDArray[np.uint8]) -> None:
@@ -51,12 +52,19 @@ class RunDirectory:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary and close the metrics."""
         self._metrics.close()
-        _replace(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+        _replace(self.path / SUMMARY, (json.dumps(_strict(summary), indent=2, allow_nan=False) + "\n").encode())
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
     """The trained model in a run directory, for ``load_state_dict``."""
     return safetensors.torch.load_file(path / MODEL)
+
+
+def _strict(value: Any) -> Any:
+    """The value with null for NaN and infinities, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _free(path: Path) -> Path:

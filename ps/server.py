@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protocol import messages, snapshot
-from protocol.errors import DecodeError, Refused
+from protocol.errors import DecodeError, NotFiniteError, Refused
 from protocol.layout import Layout
 from protocol.messages import Average, Farewell, Join, Leave, Mean, Message, Push, Refusal, Welcome
 from protocol.segment import Update, pack_exact
@@ -281,7 +281,7 @@ class Server:
         self._pending.clear()
         pushes = [w.message for w in waiting.values() if isinstance(w.message, Push)]
         folded = [
-            Contribution(p.worker, p.sequence, w.updates, p.samples)
+            Contribution(p.worker, p.sequence, w.updates, p.samples, skipped=p.skipped > 0)
             for p, w in zip(pushes, waiting.values(), strict=True)
         ]
         folded += [handed for _, handed in sorted(self._leaving.items()) if handed is not None]
@@ -290,7 +290,11 @@ class Server:
         final = last or weights == {}
         options = pushes[0].options if pushes else None
         begun = self._clock()
-        applied = apply(state, Close(tuple(folded), weights, options, final))
+        try:
+            applied = apply(state, Close(tuple(folded), weights, options, final))
+        except NotFiniteError as error:
+            self._pending.update(waiting)
+            return self._fail(f"{error}, after the server's optimizer")
         self.vitals.phases["aggregate"].observe(self._clock() - begun)
         self.finished = final
         answers = self._deliver(waiting, applied.frame, "update")

@@ -27,6 +27,7 @@ class Contribution:
     sequence: int
     updates: tuple[Update, ...]
     samples: int = 0
+    skipped: bool = False  # its optimizer took no step (a GradScaler found the loss scale too large)
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,25 @@ def apply(state: ServerState, record: Close) -> Applied:
     """Fold a round into the state: ``p = e + u``, ``c = C(p)``, ``e = p - c``, ``w = w - c``.
 
     The fold adds one worker after the other in worker-id order, each value rounded to the working
-    precision first, so the bits depend on nothing but the record.
+    precision first, so the bits depend on nothing but the record. If every worker skipped its step, the
+    optimizer skips its own, as in plain torch.
+
+    Raises:
+        NotFiniteError: the step of the server's optimizer holds NaN or Inf; no version was made.
     """
     total = state.layout.zeros()
     for contribution in record.contributions:
         for place, update in zip(state.layout.segments, contribution.updates, strict=True):
             update.add_to(total[place.start : place.stop])
-        state.sequences[contribution.worker] = contribution.sequence
-        state.position += contribution.samples
-    model = state.w - state.sender.residual if state.optimizer.needs_model else None
-    step = state.optimizer.step(total, model, record.options)
+    step = total
+    if not all(contribution.skipped for contribution in record.contributions):
+        model = state.w - state.sender.residual if state.optimizer.needs_model else None
+        step = state.optimizer.step(total, model, record.options)
     message = state.sender.stage(step, state.version)
     state.sender.commit()
+    for contribution in record.contributions:
+        state.sequences[contribution.worker] = contribution.sequence
+        state.position += contribution.samples
     for place, update in zip(state.layout.segments, message.updates, strict=True):
         update.subtract_from(state.w[place.start : place.stop])
     state.version += 1

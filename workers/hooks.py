@@ -43,6 +43,13 @@ class GradientCapture:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, replica: Replica) -> None:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise SettingsError("LBFGS evaluates the loss several times a step, which needs send: difference")
+        if optimizer.state:
+            raise SettingsError(
+                "the optimizer given to session.prepare has state from earlier steps, which send: gradient would lose; "
+                "give a new one"
+            )
         self.gradient = torch.zeros_like(replica.w)
         self._optimizer = optimizer
         self._replica = replica

@@ -25,7 +25,7 @@ class Outcome:
     """How one worker ended.
 
     Attributes:
-        fingerprint: of its replica; empty if it failed.
+        fingerprint: of its replica; empty if it failed or left before the end.
         reported: values that were reported after the last round.
         model: the founder's model as safetensors bytes.
         error: one sentence, if it failed; None if not.
@@ -57,14 +57,15 @@ def run(train: Train, plan: WorkerPlan, transport: Transport, cpus: int, device:
                 "run had done its rounds; loop over session.batches until it ends"
             )
         model = None
-        if plan.founder:
+        if plan.founder and not session.left:
             model = np.frombuffer(safetensors.torch.save(_state(session.model)), np.uint8)
-        return Outcome(plan.worker, session.fingerprint(), session.last_reports(), model)
+        fingerprint = "" if session.left else session.fingerprint()
+        return Outcome(plan.worker, fingerprint, session.last_reports(), model)
     except RunStopped as error:
-        return Outcome(plan.worker, error=str(error), stopped=True)
+        return Outcome(plan.worker, error=str(error), expected=True, stopped=True)
     except CarryoverError as error:
         if isinstance(error, Refused) and error.reason == "finished":
-            return Outcome(plan.worker, error=str(error), stopped=True)
+            return Outcome(plan.worker, error=str(error), expected=True, stopped=True)
         return Outcome(plan.worker, error=str(error), traceback=traceback.format_exc(), expected=True)
     except Exception as error:
         text = f"the training function of worker {plan.worker} raised {type(error).__name__}: {error}"

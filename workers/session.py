@@ -75,6 +75,7 @@ class Session:
         self.device = device
         self.version = 0
         self.finished = False
+        self.left = False
         self._plan = plan
         self._transport = transport
         self._clock = clock
@@ -167,6 +168,8 @@ class Session:
                 seed_everything(self._plan.seed, self.version, step, self.rank)
                 start = self._position + (step * self.world_size + self.rank) * batch_size
                 yield to_device(samples.batch(start), self.device)
+                if self.finished:  # the loop's body left the run
+                    return
             self._finish(self._replica, steps * batch_size)
 
     def report(self, **values: float | Tensor) -> None:
@@ -296,4 +299,4 @@ class Session:
         assert self._replica is not None
         layout, residual = self._replica.layout, self._sender.residual.cpu().numpy()
         self._exchange.leave(cause, tuple(pack_exact(residual[s.start : s.stop]) for s in layout.segments))
-        self.finished = True
+        self.finished = self.left = True

@@ -82,4 +82,5 @@ class Rotation:
 
 def pack(norms: dict[int, float], figure: dict[int, float], reported: dict[int, float]) -> bytes:
     """The statistics of one push."""
-    return pack_statistics({**norms, **figure, **reported})
+    measured = {key: min(value, LARGEST) for key, value in {**norms, **figure}.items()}
+    return pack_statistics({**measured, **reported})

@@ -129,3 +129,26 @@ def test_overrides_that_match_nothing_are_refused_with_the_names_that_exist(proj
 def test_an_override_changes_the_bytes_of_its_tensor_only(project):
     plain, dense = run(project), run(project, "overrides={bias: f64}")
     assert dense.summary["uplink_bytes"] > plain.summary["uplink_bytes"]
+
+
+def test_a_server_optimizer_that_diverges_fails_the_run_with_its_sentence(project):
+    with pytest.raises(RunFailed, match="holds NaN or Inf, after the server's optimizer"):
+        run(project, "server.optimizer={kind: torch.optim.SGD, lr: 1e38, weight_decay: 1e30}")
+    assert json.loads((project / "runs" / "mine" / "summary.json").read_text())["status"] == "failed"
+
+
+def test_metrics_hold_null_where_a_value_is_not_finite(project):
+    def train(session):
+        model = nn.Linear(2, 1)
+        session.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for _ in session.batches(range(8), batch_size=2):
+            session.report(loss=float("nan"))
+
+    settings = {"rounds": 2, "backend": "inline", "metrics": {"port": None}}
+    result = launch(train, settings, observe=lambda row: None)
+
+    def refuse(text):
+        raise AssertionError(text)
+
+    text = (result.path / "metrics.jsonl").read_text()
+    assert [json.loads(line, parse_constant=refuse)["reported"]["loss"] for line in text.splitlines()] == [None, None]
