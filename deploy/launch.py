@@ -70,6 +70,7 @@ class InlineBackend:
         plan, workers = plans(settings)
         self._server = Server(plan, time.monotonic)
         self._endpoint = Endpoint(self._server.vitals, settings.metrics) if settings.metrics.port is not None else None
+        self.metrics_port = self._endpoint.port if self._endpoint else None
         self._shell = InlineServer(self._server, plan.workers)
         self._ended: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._cpus, self._train, self._seen = settings.workers.cpus, train, 0
@@ -142,7 +143,7 @@ class RayBackend:
         server_class: Any = ray.remote(ServerActor)
         self._server = server_class.options(num_cpus=1, max_concurrency=concurrency).remote(plan, settings.metrics)
         self._actors.append(self._server)
-        _get(self._server.metrics_port.remote())
+        self.metrics_port: int | None = _get(self._server.metrics_port.remote())
         worker_class: Any = ray.remote(WorkerActor)
         needs = {"num_cpus": settings.workers.cpus, "num_gpus": settings.workers.gpus}
         for worker in workers:
@@ -232,6 +233,6 @@ def launch(
         return InlineBackend(settings, function(train, settings.arguments) if isinstance(train, str) else train)
 
     if observe is not None:
-        return Run(settings, directory, observe, log.warning).result(start)
+        return Run(settings, directory, observe, log.info).result(start)
     with Display(settings.rounds, settings.name) as display:
         return Run(settings, directory, display.update, display.message).result(start, display.finish)

@@ -35,6 +35,8 @@ class Result:
 class Backend(Protocol):
     """One way of running the same state machines."""
 
+    metrics_port: int | None  # of the Prometheus endpoint, on the host of the settings
+
     def poll(self) -> tuple[Rows, list[Outcome]]:
         """Wait a moment; the new rows, and the workers that have ended since."""
 
@@ -88,6 +90,8 @@ class Run:
         try:
             backend = start()
             try:
+                if backend.metrics_port is not None:
+                    self._say(f"metrics at http://{self.settings.metrics.host}:{backend.metrics_port}/metrics")
                 self._watch(backend)
                 known = backend.summary()
             finally:

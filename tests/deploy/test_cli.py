@@ -1,5 +1,6 @@
 """The command as a user types it: what it prints and its exit status."""
 
+import re
 import sys
 
 import pytest
@@ -28,6 +29,12 @@ def test_train_prints_progress_and_where_the_files_are(carryover):
     for part in ("finished after 6 rounds", "fingerprint", "runs/mine", "report.html", "model.safetensors"):
         assert part in out
     assert "\x1b" not in out
+
+
+def test_train_says_where_its_metrics_are(carryover):
+    status, out, err = carryover("train", "run.yaml", "metrics.port=0")
+    assert status == 0, err
+    assert re.search(r"metrics at http://127\.0\.0\.1:\d+/metrics\n", out)
 
 
 def test_report_rewrites_a_report_and_compares_several(carryover, project):

@@ -5,6 +5,7 @@ to. New frames are added in ``new_frames`` and written by ``python tests/protoco
 which never touches a frame that exists.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -272,6 +273,30 @@ def test_the_frame_that_the_document_explains_is_the_golden_one():
     starts = [int(start) for start in re.findall(r"^\| *(\d+) *\| `[0-9a-f]{2}", section, re.MULTILINE)]
     sizes = [len(bytes.fromhex(row)) for row in rows]
     assert starts == [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def test_the_document_lists_every_message_with_its_kind_and_its_keys():
+    text = DOCUMENT.read_text()
+    found = {}
+    for part in re.split(r"^(?=\*\*\d+ \w+\*\*: )", text, flags=re.MULTILINE)[1:]:
+        kind, name = re.match(r"\*\*(\d+) (\w+)\*\*", part).groups()
+        part = part[: part.index("\n## ")] if "\n## " in part else part
+        rows = re.findall(r"^\| (\d+) \| (\w+) \|", part, re.MULTILINE)
+        found[name] = int(kind), {field: int(key) for key, field in rows}
+    expected = {}
+    for message in (Join, Welcome, Push, Entry, Average, Mean, Refusal, Leave, Farewell):
+        fields = {f.name: f.metadata["key"] for f in dataclasses.fields(message) if "key" in f.metadata}
+        expected[message.__name__] = message.KIND, fields
+    assert found == expected
+
+
+def test_the_document_lists_every_reason_and_every_value_code():
+    text = DOCUMENT.read_text()
+    reasons = text[text.index("## Refusals") : text.index("## Statistics")]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", reasons, re.MULTILINE)) == messages.REASONS
+    codes = text[text.index("### Value codes") : text.index("### Golomb-Rice")]
+    found = re.findall(r"^\| (\d+) \| `(\w+)` \|", codes, re.MULTILINE)
+    assert {name: int(number) for number, name in found} == {name: code.wire_id for name, code in BY_NAME.items()}
 
 
 # -- writing new ones ---------------------------------------------------------------------------------
