@@ -143,9 +143,13 @@ class Layout:
                     raise ValueError(f"entry {name!r} has shape {shape!r}")
                 if type(role) is not int or not 0 <= role < len(ROLES):
                     raise ValueError(f"entry {name!r} has role {role!r}")
+                if ROLES[role] != "static" and not DTYPES[dtype].is_floating_point:
+                    raise ValueError(f"{ROLES[role]} {name!r} has dtype {dtype!r}, which is not floating-point")
                 entries.append(Entry(name, tuple(shape), dtype, ROLES[role]))
         except (TypeError, ValueError) as error:
             raise DecodeError(f"the layout in the message is malformed: {error}") from None
+        if len({entry.name for entry in entries}) != len(entries):
+            raise DecodeError("the layout in the message is malformed: two entries have the same name")
         return cls(tuple(entries))
 
     def difference(self, other: Layout) -> str:

@@ -253,7 +253,10 @@ def updates(message: Message, layout: Layout) -> tuple[Update, ...]:
     decoded = []
     for body, place in zip(message.bodies, layout.segments, strict=True):
         try:
-            decoded.append(unpack(body, place.numel))
+            update = unpack(body, place.numel)
+            if update.values.dtype.itemsize > layout.dtype.itemsize:
+                raise DecodeError("it holds float64 values where the model has float32")
+            decoded.append(update)
         except DecodeError as error:
             raise DecodeError(f"segment {place.entry.name!r}: {error}") from None
     return tuple(decoded)

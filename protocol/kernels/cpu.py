@@ -21,7 +21,8 @@ Floats = npt.NDArray[np.floating[Any]]
 Indices = npt.NDArray[np.int64]
 
 BLOCK = 4096  # values that stay in the first-level cache between the inner loops; a multiple of 8
-SAMPLE = 1 << 16
+SAMPLE = 1 << 16  # magnitudes at most from which the threshold is estimated
+SHARE = 16  # one in so many, and none for vectors that are smaller than SHARE * BLOCK / 4
 SLACK = 4.5  # standard deviations by which the sample may overestimate the threshold
 
 
@@ -127,13 +128,13 @@ def add_at(total, indices, values):  # type: ignore[no-untyped-def]
 
 def _threshold(vector: Floats, residual: Floats, k: int) -> float:
     """A magnitude that at least ``k`` elements reach, up to the chance that SLACK leaves."""
-    sample = np.empty(SAMPLE, vector.dtype)
+    sample = np.empty(min(SAMPLE, vector.size // SHARE), vector.dtype)
     _sample(vector, residual, k, sample)
-    expected = SAMPLE * k / vector.size
+    expected = sample.size * k / vector.size
     rank = int(expected + SLACK * np.sqrt(expected) + SLACK)
-    if rank >= SAMPLE:
+    if rank >= sample.size:
         return 0.0
-    return float(np.partition(sample, SAMPLE - rank)[SAMPLE - rank])
+    return float(np.partition(sample, sample.size - rank)[sample.size - rank])
 
 
 def top_k(vector: Floats, residual: Floats | None, total: Floats, k: int) -> tuple[Indices, Floats, float]:
@@ -150,7 +151,7 @@ def top_k(vector: Floats, residual: Floats | None, total: Floats, k: int) -> tup
     """
     n = vector.size
     added = vector[:0] if residual is None else residual
-    threshold = _threshold(vector, added, k) if n > 4 * SAMPLE else 0.0
+    threshold = _threshold(vector, added, k) if n >= SHARE * BLOCK // 4 else 0.0
     room = n if threshold == 0.0 else min(n, 2 * k + SAMPLE)
     found, values, count, squares = _candidates(vector, added, total, threshold, room)
     if not np.isfinite(squares):

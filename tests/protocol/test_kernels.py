@@ -149,8 +149,9 @@ def test_a_long_vector_takes_one_pass_with_a_sampled_threshold(passes):
 
 
 def test_a_short_vector_takes_one_pass_with_every_element_a_candidate(passes):
-    check(random(4 * cpu.SAMPLE).astype(np.float32), None, 2_600)
-    assert passes == [(0.0, 4 * cpu.SAMPLE, 4 * cpu.SAMPLE)]
+    short = cpu.SHARE * cpu.BLOCK // 4 - 1
+    check(random(short).astype(np.float32), None, short // 100)
+    assert passes == [(0.0, short, short)]
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
