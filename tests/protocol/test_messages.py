@@ -8,10 +8,11 @@ import zlib
 import msgpack
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol import DecodeError, Layout, messages, wire
+from protocol import DecodeError, Layout, compressor, messages, wire
 from protocol.layout import Entry as Tensor
 from protocol.messages import (
     REASONS,
@@ -296,6 +297,13 @@ def test_too_few_or_too_many_bodies_are_refused(bodies):
 def test_a_bad_body_is_named_by_its_segment():
     with pytest.raises(DecodeError, match="segment 'bias': the segment has 6 elements where the layout has 2"):
         messages.updates(Push(0, 1, 0, 8, bodies=(BODIES[0], BODIES[0])), LAYOUT)
+
+
+def test_float64_values_are_refused_where_the_model_has_float32():
+    layout = Layout((Tensor("weight", (3,), "float32", "parameter"),))
+    body, _ = compressor("none").encode(torch.tensor([1.0, 1e300, 2.0], dtype=torch.float64), (), 0)
+    with pytest.raises(DecodeError, match="segment 'weight': it holds float64 values where the model has float32"):
+        messages.updates(Push(0, 1, 0, 8, bodies=(body,)), layout)
 
 
 # -- statistics --------------------------------------------------------------------------------------
