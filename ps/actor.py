@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +17,7 @@ import ray
 from ps.metrics import Endpoint
 from ps.server import Answer, Plan, Server
 from ps.settings import MetricsSettings
+from ps.vitals import Vitals
 
 U8 = npt.NDArray[np.uint8]
 
@@ -40,6 +42,7 @@ class ServerActor:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="server")
         self._tickets = itertools.count()
         self._waiting: dict[int, asyncio.Future[list[Any]]] = {}
+        self._failure: Exception | None = None
         self._broadcasts: deque[tuple[U8, Any]] = deque(maxlen=KEPT)
 
     async def metrics_port(self) -> int | None:
@@ -52,13 +55,16 @@ class ServerActor:
         Returns:
             The frames of the answer: arrays, or references to them where they are large.
         """
+        if self._failure is not None:
+            raise self._failure
         ticket = next(self._tickets)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[list[Any]] = loop.create_future()
         self._waiting[ticket] = answer
         try:
             answers = await loop.run_in_executor(self._thread, self._server.receive, frame, ticket)
-        except BaseException as error:
+        except Exception as error:
+            del self._waiting[ticket]
             self._fail(error)
             raise
         self._deliver(answers)
@@ -71,19 +77,22 @@ class ServerActor:
 
     async def watch(self, version: int) -> list[dict[str, Any]]:
         """The rows of ``metrics.jsonl`` after a version."""
-        with self._server.vitals.lock:
-            return self._server.vitals.rows_since(version)
+        return await asyncio.to_thread(self._read, lambda vitals: vitals.rows_since(version))
 
     async def summary(self) -> dict[str, Any]:
         """What the server knows for ``summary.json``."""
+        return await asyncio.to_thread(self._read, lambda vitals: vitals.summary())
+
+    def _read(self, what: Callable[[Vitals], Any]) -> Any:
+        """Read the vital signs; on a thread, since a fold holds their lock and the event loop must not wait."""
         with self._server.vitals.lock:
-            return self._server.vitals.summary()
+            return what(self._server.vitals)
 
     def _deliver(self, answers: list[Answer]) -> None:
         for answer in answers:
             assert isinstance(answer.ticket, int)
-            future = self._waiting.pop(answer.ticket)
-            if not future.done():
+            future = self._waiting.pop(answer.ticket, None)  # None once the state machine has failed
+            if future is not None and not future.done():
                 future.set_result([self._outgoing(frame) for frame in answer.frames])
 
     def _outgoing(self, frame: U8) -> Any:
@@ -97,8 +106,10 @@ class ServerActor:
         self._broadcasts.append((frame, reference))
         return reference
 
-    def _fail(self, error: BaseException) -> None:
-        """Nobody may wait for ever once the state machine has failed."""
+    def _fail(self, error: Exception) -> None:
+        """Nobody may wait for ever once the state machine has failed, or go on with half a state."""
+        self._failure = error
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(error)
+        self._waiting.clear()

@@ -337,10 +337,10 @@ class Server:
         self.vitals.leaves[leave.cause] += 1
         self._farewells[worker] = Farewell(state.version, layout=state.layout.hash).pack()
         answers = [self._answer(ticket, "update", self._farewells[worker])]
-        if leave.cause == "not_finite":
-            return answers + self._fail(f"worker {worker} found NaN or Inf in its update")
         if self.finished:
             return answers
+        if leave.cause == "not_finite":
+            return answers + self._fail(f"worker {worker} found NaN or Inf in its update")
         answers += self._withdraw(worker)
         pending = self._pending.get(worker)
         number = state.sequences.get(worker, 0) if pending is None else _number(pending)

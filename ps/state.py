@@ -27,7 +27,7 @@ class Contribution:
     sequence: int
     updates: tuple[Update, ...]
     samples: int = 0
-    skipped: bool = False  # its optimizer took no step (a GradScaler found the loss scale too large)
+    skipped: bool = False  # a step of its optimizer did not happen (a GradScaler found the loss scale too large)
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def apply(state: ServerState, record: Close) -> Applied:
     """Fold a round into the state: ``p = e + u``, ``c = C(p)``, ``e = p - c``, ``w = w - c``.
 
     The fold adds one worker after the other in worker-id order, each value rounded to the working
-    precision first, so the bits depend on nothing but the record. If every worker skipped its step, the
-    optimizer skips its own, as in plain torch.
+    precision first, so the bits depend on nothing but the record. If every worker skipped a step and no
+    parameter would move, the optimizer skips its own, as in plain torch; residuals that arrive are stepped.
 
     Raises:
         NotFiniteError: the step of the server's optimizer holds NaN or Inf; no version was made.
@@ -94,8 +94,11 @@ def apply(state: ServerState, record: Close) -> Applied:
     for contribution in record.contributions:
         for place, update in zip(state.layout.segments, contribution.updates, strict=True):
             update.add_to(total[place.start : place.stop])
+    skipped = all(contribution.skipped for contribution in record.contributions) and not any(
+        total[s.start : s.stop].any() for s in state.layout.segments if s.entry.role == "parameter"
+    )
     step = total
-    if not all(contribution.skipped for contribution in record.contributions):
+    if not skipped:
         model = state.w - state.sender.residual if state.optimizer.needs_model else None
         step = state.optimizer.step(total, model, record.options)
     message = state.sender.stage(step, state.version)

@@ -51,18 +51,21 @@ class Exchange:
 
     def push(self, version: int, samples: int, bodies: Bodies, **fields: Any) -> Entry:
         """Push the next update; the answer is the entry that folds it."""
-        self.sequence += 1
-        push = Push(self._worker, self.sequence, version, samples, **fields, bodies=bodies, layout=self._layout.hash)
+        number = self.sequence + 1
+        push = Push(self._worker, number, version, samples, **fields, bodies=bodies, layout=self._layout.hash)
         entry = self._expect(self._call(push), Entry)
+        self.sequence = number  # a refused message does not use up its number
         if entry.version != version + 1:
             raise DecodeError(f"the answer to a push at version {version} is entry {entry.version}")
         return entry
 
     def average(self, version: int, bodies: Bodies) -> Mean:
         """Exchange residuals; the answer is their exact sum."""
-        self.sequence += 1
-        message = Average(self._worker, self.sequence, version, bodies=bodies, layout=self._layout.hash)
-        return self._expect(self._call(message), Mean)
+        number = self.sequence + 1
+        message = Average(self._worker, number, version, bodies=bodies, layout=self._layout.hash)
+        mean = self._expect(self._call(message), Mean)
+        self.sequence = number
+        return mean
 
     def leave(self, cause: str, residual: Bodies = ()) -> Farewell:
         """Leave the run and hand over the residual, dense, if there is one."""

@@ -202,7 +202,7 @@ def decoded_elsewhere(data, expected):
 
 
 def known_frames():
-    return json.loads(INDEX.read_text()) if INDEX.exists() else {}
+    return json.loads(INDEX.read_text(encoding="utf-8")) if INDEX.exists() else {}
 
 
 every_frame = pytest.mark.parametrize("name", sorted(known_frames()))
@@ -266,7 +266,7 @@ def test_a_snapshot_among_them_loads():
 
 def test_the_frame_that_the_document_explains_is_the_golden_one():
     """The hexadecimal digits in the first column of the table, one row after the other."""
-    text = DOCUMENT.read_text()
+    text = DOCUMENT.read_text(encoding="utf-8")
     section = text[text.index("## A frame, byte by byte") :]
     rows = re.findall(r"^\| *\d+ *\| `((?:[0-9a-f]{2} ?)+)` \|", section, re.MULTILINE)
     assert bytes.fromhex("".join(rows)) == load(EXAMPLE)
@@ -276,7 +276,7 @@ def test_the_frame_that_the_document_explains_is_the_golden_one():
 
 
 def test_the_document_lists_every_message_with_its_kind_and_its_keys():
-    text = DOCUMENT.read_text()
+    text = DOCUMENT.read_text(encoding="utf-8")
     found = {}
     for part in re.split(r"^(?=\*\*\d+ \w+\*\*: )", text, flags=re.MULTILINE)[1:]:
         kind, name = re.match(r"\*\*(\d+) (\w+)\*\*", part).groups()
@@ -291,7 +291,7 @@ def test_the_document_lists_every_message_with_its_kind_and_its_keys():
 
 
 def test_the_document_lists_every_reason_and_every_value_code():
-    text = DOCUMENT.read_text()
+    text = DOCUMENT.read_text(encoding="utf-8")
     reasons = text[text.index("## Refusals") : text.index("## Statistics")]
     assert tuple(re.findall(r"^\| `(\w+)` \|", reasons, re.MULTILINE)) == messages.REASONS
     codes = text[text.index("### Value codes") : text.index("### Golomb-Rice")]
@@ -396,7 +396,7 @@ def write():
         known[name] = decoded_here(frame, {"bodies": bodies})
         print(f"{name}: {frame.size} bytes")
     rows = (f"{json.dumps(name)}: {json.dumps(known[name], ensure_ascii=False)}" for name in sorted(known))
-    INDEX.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    INDEX.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,24 @@ def test_a_round_that_every_worker_skipped_moves_no_parameter_and_no_momentum(ri
     assert torch.equal(one.w, other.w)
 
 
+def test_residuals_that_arrive_in_a_skipped_round_go_through_the_optimizer(rig):
+    """They are owed gradients, or the differences of the steps that did happen; never steps of the server's own."""
+    one, other = rig(optimizer=MOMENTUM).start(), rig(optimizer=MOMENTUM).start()
+    for run, skipped in ((one, 1), (other, 0)):
+        run.round(dict.fromkeys(WORKERS, 0.5))
+        run.round(dict.fromkeys(WORKERS, 0.25), skipped=skipped)
+    assert torch.equal(one.w, other.w)
+
+
+def test_buffers_move_in_a_skipped_round_and_parameters_do_not(rig):
+    one = rig(optimizer=MOMENTUM).start()
+    one.round(dict.fromkeys(WORKERS, 0.5))
+    before, buffers = one.w, torch.zeros(25)
+    buffers[23:] = 1.0
+    one.round(dict.fromkeys(WORKERS, buffers), skipped=1)
+    assert torch.equal(one.w, before - 3 * buffers)
+
+
 def test_a_round_that_one_worker_skipped_is_stepped(rig):
     run = rig(optimizer=MOMENTUM).start()
     before = run.w.clone()

@@ -133,13 +133,15 @@ def test_when_the_last_one_leaves_the_run_ends_with_what_was_handed_over(rig):
     assert one.server.state.weights == {}
 
 
-def test_a_leave_after_the_end_is_answered_and_folds_nothing(rig):
+@pytest.mark.parametrize("cause", ["spot", "not_finite"])
+def test_a_leave_after_the_end_is_answered_and_folds_nothing(rig, cause):
     one = rig(rounds=1).start()
     one.round(ALL)
     w = one.w
-    assert isinstance(one.ask(one.leave(1, 1.0)), Farewell)
+    assert isinstance(one.ask(one.leave(1, 1.0, cause)), Farewell)
     assert torch.equal(one.w, w)
     assert one.vitals.handed_over == 0, "it was not folded"
+    assert one.vitals.state == "finished"
 
 
 # -- joining late ------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ps.metrics import Endpoint, VitalsCollector
 from ps.settings import MetricsSettings
 from ps.vitals import BUCKETS, Vitals
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
+TEXT = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 ANY_PORT = MetricsSettings(port=0)
 
 
@@ -42,7 +42,7 @@ def read(vitals):
 
 def documented():
     """Rows of the document: name -> (type, labels)."""
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| [\w ]+ \|(.*?)\| \w.* \|$", DOCUMENT.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| [\w ]+ \|(.*?)\| \w.* \|$", TEXT, re.MULTILINE)
     return {name: (kind, tuple(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
 
 
@@ -143,7 +143,7 @@ def test_the_document_lists_every_metric_with_its_type_and_labels(rig):
     assert {name: (kind, set(labels)) for name, (kind, labels) in found.items()} == {
         name: (kind, set(labels)) for name, (kind, labels) in documented().items()
     }
-    assert len(DOCUMENT.read_text().split("\n| `carryover_")) - 1 == len(documented()), "a row was not understood"
+    assert len(TEXT.split("\n| `carryover_")) - 1 == len(documented()), "a row was not understood"
 
 
 def test_a_run_that_has_not_begun_can_be_scraped():
