@@ -74,17 +74,17 @@ class InlineBackend:
         self._shell = InlineServer(self._server, plan.workers)
         self._ended: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._cpus, self._train, self._seen = settings.workers.cpus, train, 0
+        self._device = torch.device("cuda" if settings.workers.gpus else "cpu")
         self._threads = [threading.Thread(target=self._work, args=(w,), daemon=True) for w in workers]
         for thread in self._threads:
             thread.start()
         self._shell.begin()
 
     def _work(self, plan: WorkerPlan) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self._shell.enter(plan.worker)
             transport = InlineTransport(self._shell, plan.worker)
-            outcome = run(self._train, plan, transport, self._cpus, device)
+            outcome = run(self._train, plan, transport, self._cpus, self._device)
         except CarryoverError as error:
             outcome = Outcome(plan.worker, error=str(error), stopped=True)
         self._shell.exit(plan.worker)
@@ -139,6 +139,14 @@ class RayBackend:
             raise
 
     def _start(self, settings: RunSettings, plan: Plan, workers: list[WorkerPlan], train: Train | str) -> None:
+        needed = {
+            "CPU": settings.workers.count * settings.workers.cpus + 1,
+            "GPU": settings.workers.count * settings.workers.gpus,
+        }
+        present = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        for resource, count in needed.items():
+            if present.get(resource, 0) < count:
+                log.warning("waiting for %d %ss; the cluster has %d", count, resource, present.get(resource, 0))
         concurrency = 4 * settings.workers.count + 16
         server_class: Any = ray.remote(ServerActor)
         self._server = server_class.options(num_cpus=1, max_concurrency=concurrency).remote(plan, settings.metrics)

@@ -1,0 +1,54 @@
+"""The examples do what they and the README say."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from deploy import launch
+from deploy.settings import load
+from protocol.errors import RunFailed
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("CARRYOVER_DATA", ROOT.parent / "shared" / "data"))
+
+
+def run(example, tmp_path, *overrides):
+    rows = []
+    common = ["backend=inline", "metrics.port=null", f"storage.dir={tmp_path}"]
+    settings = load(ROOT / "examples" / example, [*common, *overrides])
+    return launch(settings.train, settings, observe=rows.append).summary, rows
+
+
+def test_digits_reaches_its_accuracy_at_220x_both_ways(tmp_path):
+    summary, rows = run("digits.yaml", tmp_path)
+    assert len(rows) == 400
+    assert summary["reported"]["accuracy"] >= 98.0
+    assert summary["uplink_ratio"] >= 220
+    assert summary["downlink_ratio"] >= 220
+    assert summary["conservation_error"] <= 4
+
+
+def test_step_ahead_is_far_ahead_of_plain_feedback_at_one_in_a_thousand(tmp_path):
+    def loss(kind):
+        aggressive = ["uplink=topk:0.001+int4", "downlink=topk:0.001+int4", f"feedback.kind={kind}", "rounds=100"]
+        rows = run("digits.yaml", tmp_path, f"name={kind}", *aggressive)[1]
+        return sum(row["reported"]["loss"] for row in rows[-20:]) / 20
+
+    with pytest.warns(UserWarning, match="keeps its state on each worker"):
+        plain = loss("ef")
+    assert loss("saef") < plain / 2
+
+
+@pytest.mark.skipif(not (DATA / "fashion-mnist").is_dir(), reason="Fashion-MNIST is not there; set CARRYOVER_DATA")
+def test_fashion_mnist_trains_from_its_idx_files(tmp_path):
+    summary, rows = run("fashion_mnist.yaml", tmp_path, f"arguments.folder={DATA / 'fashion-mnist'}", "rounds=60")
+    assert rows[0]["reported"]["loss"] > 2.2
+    assert rows[-1]["reported"]["loss"] < 1.2
+    assert summary["reported"]["accuracy"] > 60
+    assert summary["uplink_ratio"] > 220
+
+
+def test_a_missing_data_folder_is_named_with_the_setting(tmp_path):
+    with pytest.raises(RunFailed, match=r"nowhere/train-images-idx3-ubyte\.gz does not exist; set arguments\.folder"):
+        run("fashion_mnist.yaml", tmp_path, "arguments.folder=nowhere", "rounds=1")
