@@ -40,7 +40,6 @@ def train(
 ) -> None:
     """Train a model and write a run directory."""
     settings = load(file, overrides or ())
-    function(settings.train, settings.arguments)  # fail before anything is started
     try:
         launch(settings.train, settings, address)
     except KeyboardInterrupt:  # here, because typer would take it and say only "Aborted!"

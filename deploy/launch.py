@@ -199,7 +199,7 @@ def _get(reference: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, CarryoverError):
             raise error.cause from None
-        raise
+        raise RunFailed(f"a process of the run failed: {error.cause!r}", str(error), expected=False) from None
     except ray.exceptions.RayError as error:
         lines = str(error).strip().splitlines()
         for line in reversed(lines):  # a constructor that raised: our error is the last line of Ray's text
@@ -233,12 +233,14 @@ def launch(
             name = train.__name__ if train.__name__.isidentifier() else "train"
             settings = {"train": f"{train.__module__}:{name}", **settings}
         settings = validate({"train": train, **settings})
+    if isinstance(train, str):
+        found = function(train, settings.arguments)  # fail before anything is started
     directory = RunDirectory(settings)
 
     def start() -> Backend:
         if settings.backend == "ray":
             return RayBackend(settings, train, address)
-        return InlineBackend(settings, function(train, settings.arguments) if isinstance(train, str) else train)
+        return InlineBackend(settings, found if isinstance(train, str) else train)
 
     if observe is not None:
         return Run(settings, directory, observe, log.info).result(start)

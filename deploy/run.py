@@ -17,6 +17,8 @@ from workers.runner import Outcome
 
 GRACE = 30.0  # seconds for a stopped run to finish its round
 
+BYTES = ("uplink_bytes", "downlink_bytes", "uplink_ratio", "downlink_ratio")  # in rows and in the summary
+
 Rows = list[dict[str, Any]]
 
 
@@ -66,6 +68,7 @@ class Run:
         self._observe = observe
         self._say = say
         self._outcomes: list[Outcome] = []
+        self._last: Mapping[str, Any] = {}
 
     def result(
         self, start: Callable[[], Backend], finish: Callable[[Mapping[str, Any], Path], None] | None = None
@@ -74,6 +77,9 @@ class Run:
         from deploy.report import write_report  # matplotlib takes a second that a run need not wait for at its start
 
         summary = self.run(start)
+        if not self.directory.begun:
+            assert self.failure is not None
+            raise self.failure
         try:
             write_report([self.directory.path])
         finally:
@@ -89,6 +95,7 @@ class Run:
         known: dict[str, Any] = {}
         try:
             backend = start()
+            self.directory.begin()
             try:
                 if backend.metrics_port is not None:
                     self._say(f"metrics at http://{self.settings.metrics.host}:{backend.metrics_port}/metrics")
@@ -116,23 +123,27 @@ class Run:
                 continue
             self.directory.add(rows)
             for row in rows:
+                self._last = row
                 self._observe(row)
             left -= len(ended)
             self._outcomes += ended
             failed = [o for o in ended if o.error is not None and not o.stopped]
             if failed and self.failure is None:
                 self.failure = _failure(failed[0])
-                return
+                if self._last.get("version") != self.settings.rounds:
+                    return
+                deadline = time.monotonic() + GRACE  # all rounds are done: wait for the model of the founder
         ended_early = [o for o in self._outcomes if o.error is not None]
         if ended_early and self.failure is None:
             self.failure = _failure(ended_early[0])
 
     def _summary(self, known: dict[str, Any], seconds: float) -> dict[str, Any]:
         good = [o for o in self._outcomes if o.error is None]
+        imbalance = max([known.get("conservation_error", 0.0), *(o.conservation_error for o in good)])
         prints = {o.fingerprint for o in good if o.fingerprint}
         if len(prints) > 1 and self.failure is None:
             self.failure = RunFailed(f"the workers' replicas differ at the end: {', '.join(sorted(prints))}")
-        for outcome in good:
+        for outcome in self._outcomes:
             if outcome.model is not None:
                 self.directory.save_model(outcome.model)
         names = sorted({name for o in good for name in o.reported})
@@ -143,14 +154,17 @@ class Run:
         interrupted = isinstance(self.failure, KeyboardInterrupt)
         summary = {
             "status": "interrupted" if interrupted else "failed" if self.failure else "finished",
-            "rounds": 0,
+            "rounds": self._last.get("version", 0),
+            **{key: self._last[key] for key in BYTES if key in self._last},
             "workers": self.settings.workers.count,
             "seconds": round(seconds, 3),
             **known,
+            "conservation_error": imbalance,
             "fingerprint": min(prints, default=""),
             "reported": {**known.get("reported", {}), **last},
         }
-        self.directory.finish(summary)
+        if self.directory.begun:
+            self.directory.finish(summary)
         return summary
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,21 +25,47 @@ CONFIG, METRICS, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "summary.json"
 class RunDirectory:
     """``DIR/NAME``, always the latest run of that name; an earlier one moves to ``NAME.1``, ``NAME.2`` ...
 
+    Nothing is moved or written before ``begin``, so a run that does not start leaves no trace.
+
     Raises:
-        SettingsError: the directory cannot be written.
+        SettingsError: the directory cannot be written, or a run of that name is going on in it.
     """
 
     def __init__(self, settings: RunSettings) -> None:
         self.path = settings.storage.dir / settings.name
-        try:
+        self.begun = False
+        self._settings = settings
+        with self._reasons():
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._refuse_if_busy()
+
+    def begin(self) -> None:
+        """Move an earlier run aside and open the files of this one."""
+        with self._reasons():
+            self._refuse_if_busy()
             if self.path.exists():
                 self.path.rename(_free(self.path))
             self.path.mkdir()
-            (self.path / CONFIG).write_text(resolved(settings))
+            (self.path / CONFIG).write_text(resolved(self._settings))
             self._metrics: TextIO = (self.path / METRICS).open("w")
+            fcntl.flock(self._metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the run ends, however it ends
+        self.begun = True
+
+    def _refuse_if_busy(self) -> None:
+        if (self.path / METRICS).exists():
+            with (self.path / METRICS).open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise SettingsError(f"a run is going on in {self.path}; give this one another name") from None
+
+    @contextmanager
+    def _reasons(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise SettingsError(f"storage.dir {settings.storage.dir} cannot be written: {error.strerror}") from None
+            folder = self._settings.storage.dir
+            raise SettingsError(f"storage.dir {folder} cannot be written: {error.strerror}") from None
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append one line a round."""

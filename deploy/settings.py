@@ -14,7 +14,9 @@ from protocol.errors import SettingsError
 from protocol.spec import compressor
 from ps.optimizer import optimizer_class
 from ps.settings import MetricsSettings, ServerSettings, StorageSettings, Strict
-from workers.settings import FeedbackSettings, StepAhead, WorkersSettings
+from workers.settings import ErrorFeedback, FeedbackSettings, NoFeedback, StepAhead, WorkersSettings
+
+FEEDBACK = {"none": NoFeedback, "ef": ErrorFeedback, "saef": StepAhead}
 
 
 class RunSettings(Strict):
@@ -96,6 +98,8 @@ def load(path: Path, overrides: Iterable[str] = ()) -> RunSettings:
         values = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise SettingsError(f"the settings file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"the settings file {path} is not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise SettingsError(f"the settings file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -135,17 +139,17 @@ def validate(values: Mapping[str, Any]) -> RunSettings:
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part not in ("none", "ef", "saef")]
+    place = [str(part) for part in first["loc"] if part not in FEEDBACK]
     key, value = ".".join(place), first.get("input")
     match first["type"]:
         case "extra_forbidden":
             where = "in " + ".".join(place[:-1]) if place[1:] else "at the top"
-            return f"{key} is not a setting; valid {where} are {', '.join(_siblings(place))}"
+            return f"{key} is not a setting; valid {where} are {', '.join(_siblings(first['loc']))}"
         case "missing":
             return f"{key} is missing; every run needs it" + (", as in MODULE:FUNCTION" if key == "train" else "")
         case "value_error":
             text = str(first["ctx"]["error"])
-            return f"{key}: {text}" if key else text
+            return f"{key}: {text}" if key and not text.startswith(key) else text
         case "string_pattern_mismatch" if key == "train":
             return f"train is {value!r}; valid is MODULE:FUNCTION"
         case "union_tag_invalid":
@@ -156,13 +160,12 @@ def _sentence(error: ValidationError) -> str:
             return f"{key} is {value!r}; {first['msg'][0].lower() + first['msg'][1:]}"
 
 
-def _siblings(place: list[str]) -> list[str]:
+def _siblings(location: tuple[int | str, ...]) -> list[str]:
     """The settings that are valid beside an unknown one."""
-    if place[0] == "feedback":
-        return list(StepAhead.model_fields)
     model: Any = RunSettings
-    for part in place[:-1]:
-        model = model.model_fields[part].annotation
+    for part in location[:-1]:
+        if part != "feedback":
+            model = FEEDBACK[str(part)] if part in FEEDBACK else model.model_fields[str(part)].annotation
     return list(model.model_fields)
 
 

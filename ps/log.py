@@ -14,11 +14,13 @@ class Log:
     """The newest entries, as the frames that were broadcast.
 
     Args:
-        window: how many entries are kept; a replica further behind needs a snapshot.
+        window: how many entries are kept at most; a replica further behind needs a snapshot.
+        limit: bytes that they may take together; beyond those of a snapshot, nobody would want them.
     """
 
-    def __init__(self, window: int = 64) -> None:
+    def __init__(self, window: int = 64, limit: int = 1 << 30) -> None:
         self.window = window
+        self.limit = limit
         self._frames: OrderedDict[int, U8] = OrderedDict()
 
     def append(self, version: int, frame: U8) -> None:
@@ -26,8 +28,11 @@ class Log:
         if self._frames and version != next(reversed(self._frames)) + 1:
             raise ValueError(f"entry {version} does not follow entry {next(reversed(self._frames))}")
         self._frames[version] = frame
-        while len(self._frames) > self.window:
+        while len(self._frames) > self.window or (len(self._frames) > 1 and self._size() > self.limit):
             self._frames.popitem(last=False)
+
+    def _size(self) -> int:
+        return sum(frame.size for frame in self._frames.values())
 
     def since(self, version: int) -> list[U8] | None:
         """The frames of the entries after ``version`` in order, or None if some are gone."""

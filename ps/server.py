@@ -20,6 +20,7 @@ from protocol.messages import Average, Farewell, Join, Leave, Mean, Message, Pus
 from protocol.segment import Update, pack_exact
 from protocol.sender import Sender
 from protocol.spec import compressors_for
+from ps.log import Log
 from ps.optimizer import ServerOptimizer, Sum, TorchOptimizer
 from ps.settings import ServerSettings
 from ps.state import Applied, Close, Contribution, ServerState, apply, equal_weights
@@ -174,7 +175,8 @@ class Server:
         compressors = compressors_for(layout, self.plan.downlink, self.plan.overrides)
         sender = Sender(layout, compressors, self.plan.seed)
         optimizer = _optimizer(self.plan, layout, founder)
-        return ServerState(layout, w, statics, sender, optimizer, equal_weights(list(self.plan.workers)))
+        log = Log(limit=max(w.nbytes, 1 << 20))  # a snapshot is hardly larger
+        return ServerState(layout, w, statics, sender, optimizer, equal_weights(list(self.plan.workers)), log=log)
 
     def _start(self) -> list[Answer]:
         assert self._founded is not None

@@ -13,7 +13,7 @@ import torch
 
 from protocol.errors import CarryoverError, RunStopped
 from workers.runner import Outcome, Train, run
-from workers.session import WorkerPlan
+from workers.session import Session, WorkerPlan
 
 U8 = npt.NDArray[np.uint8]
 
@@ -55,9 +55,17 @@ class WorkerActor:
 
     def run(self, train: Train | str) -> Outcome:
         """Train; ``train`` is a function, or where to import it from."""
-        function = train
-        if isinstance(function, str):
-            module, _, name = function.partition(":")
-            function = getattr(importlib.import_module(module), name)
         device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-        return run(function, self._plan, self._transport, self._cpus, device)
+        return run(_imported(train), self._plan, self._transport, self._cpus, device)
+
+
+def _imported(train: Train | str) -> Train:
+    """The function itself; an import that fails does so inside the run, as the function would."""
+    if not isinstance(train, str):
+        return train
+    module, _, name = train.partition(":")
+
+    def imported(session: Session, **arguments: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(session, **arguments)
+
+    return imported

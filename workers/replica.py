@@ -37,6 +37,7 @@ class Replica:
         exchanged = [tensors[s.entry.name] for s in self.layout.segments]
         self.device = exchanged[0].device
         self.w = self.layout.zeros(self.device)
+        self._known = {entry.name for entry in self.layout.entries}
         self._exact = all(tensor.dtype == self.layout.dtype for tensor in exchanged)
         self.read(self.w)
 
@@ -96,6 +97,8 @@ class Replica:
             LayoutError: names the parameter.
         """
         tensors = self._tensors()
+        for name in tensors.keys() - self._known:
+            raise LayoutError(f"{name!r} was added after session.prepare; add it before, so that it is exchanged")
         for (name, parameter), trained in zip(self._parameters, self._trained, strict=True):
             if tensors.get(name) is not parameter:
                 raise LayoutError(f"{name!r} was replaced or removed after session.prepare; change its values in place")

@@ -27,6 +27,7 @@ class Outcome:
     Attributes:
         fingerprint: of its replica; empty if it failed or left before the end.
         reported: values that were reported after the last round.
+        conservation_error: of its ledger after the last round.
         model: the founder's model as safetensors bytes.
         error: one sentence, if it failed; None if not.
         traceback: where the error came from.
@@ -38,6 +39,7 @@ class Outcome:
     fingerprint: str = ""
     reported: dict[str, float] = field(default_factory=dict)
     model: npt.NDArray[np.uint8] | None = None
+    conservation_error: float = 0.0
     error: str | None = None
     traceback: str = ""
     expected: bool = False
@@ -56,20 +58,25 @@ def run(train: Train, plan: WorkerPlan, transport: Transport, cpus: int, device:
                 f"the training function of worker {plan.worker} returned at version {session.version}, before the "
                 "run had done its rounds; loop over session.batches until it ends"
             )
-        model = None
-        if plan.founder and not session.left:
-            model = np.frombuffer(safetensors.torch.save(_state(session.model)), np.uint8)
         fingerprint = "" if session.left else session.fingerprint()
-        return Outcome(plan.worker, fingerprint, session.last_reports(), model)
+        imbalance = session.conservation_error
+        return Outcome(plan.worker, fingerprint, session.last_reports(), _model(plan, session), imbalance)
     except RunStopped as error:
         return Outcome(plan.worker, error=str(error), expected=True, stopped=True)
     except CarryoverError as error:
         if isinstance(error, Refused) and error.reason == "finished":
             return Outcome(plan.worker, error=str(error), expected=True, stopped=True)
         return Outcome(plan.worker, error=str(error), traceback=traceback.format_exc(), expected=True)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = f"the training function of worker {plan.worker} raised {type(error).__name__}: {error}"
-        return Outcome(plan.worker, error=text, traceback=traceback.format_exc())
+        return Outcome(plan.worker, model=_model(plan, session), error=text, traceback=traceback.format_exc())
+
+
+def _model(plan: WorkerPlan, session: Session) -> npt.NDArray[np.uint8] | None:
+    """The founder's model once all rounds are done, even if what came after them failed."""
+    if not plan.founder or session.left or not session.finished:
+        return None
+    return np.frombuffer(safetensors.torch.save(_state(session.model)), np.uint8)
 
 
 def _state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

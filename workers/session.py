@@ -76,6 +76,7 @@ class Session:
         self.version = 0
         self.finished = False
         self.left = False
+        self.conservation_error = 0.0
         self._plan = plan
         self._transport = transport
         self._clock = clock
@@ -137,6 +138,7 @@ class Session:
         self.version, self._position, self._weights = welcome.version, welcome.position, welcome.weights
         self._replica = replica
         self.model = model
+        seed_everything(plan.seed, "prepared")  # joining took its turn among workers that may share this process
         return model, optimizer
 
     # -- training --------------------------------------------------------------------------------
@@ -186,9 +188,14 @@ class Session:
         """Within, the model's parameters are exactly ``w`` and it is in evaluation mode.
 
         Afterwards its tensors and modes are what they were.
+
+        Raises:
+            SettingsError: ``prepare`` was not called, or was given another model.
         """
         if self._replica is None:
             raise SettingsError("session.evaluating needs a model; call session.prepare(model, optimizer) first")
+        if model is not self.model:
+            raise SettingsError("session.evaluating takes the model that was given to session.prepare, and no other")
         kept = self._replica.read(torch.empty_like(self._replica.w))
         modes = {module: module.training for module in model.modules()}
         self._replica.show(self._replica.w)
@@ -253,8 +260,9 @@ class Session:
         exchanged = self._clock()
         self._sender.commit()
         self._apply(replica, entry)
-        if check:
-            self._rotation.set(Stat.CONSERVATION, self._sender.conservation_error())
+        if check or self.finished:
+            self.conservation_error = self._sender.conservation_error()
+            self._rotation.set(Stat.CONSERVATION, self.conservation_error)
         times = (self._begun, computed, encoded, exchanged, self._clock())
         for phase, begun, ended in zip(Stat.PHASES, times, times[1:], strict=False):
             self._rotation.set(phase, ended - begun)
@@ -281,6 +289,7 @@ class Session:
         self.finished = entry.final
         if self.finished:
             replica.show(replica.w)
+            seed_everything(self._plan.seed, "finished")
 
     def _average(self, spec: str) -> None:
         """Error averaging: send the residual, take this worker's share of the sum."""

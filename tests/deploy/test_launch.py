@@ -4,6 +4,7 @@ import json
 import socket
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -110,6 +111,72 @@ def test_a_failing_worker_ends_the_run_with_its_sentence_and_what_was_done_is_ke
     if act == "raise":
         assert caught.value.details.count("Traceback") == 1
         assert "myproject.py" in caught.value.details
+
+
+def test_a_run_that_cannot_start_leaves_the_earlier_one_in_place(project):
+    first = run(project)
+    with pytest.raises(SettingsError):
+        run(project, "metrics={host: 192.0.2.1, port: 0}")
+    assert json.loads((first.path / "summary.json").read_text()) == first.summary
+    assert [path.name for path in first.path.parent.iterdir()] == ["mine"]
+
+
+def test_two_runs_of_one_name_at_the_same_time_are_refused(project):
+    refused = []
+
+    def observe(row):
+        if not refused:
+            with pytest.raises(SettingsError, match="a run is going on in runs/mine; give this one another name") as e:
+                run(project, "seed=1")
+            refused.append(e)
+
+    result = run(project, "rounds=40", observe=observe)
+    assert refused
+    assert len(rows(result.path)) == 40
+    assert run(project).path == result.path
+
+
+def test_a_function_that_calls_exit_ends_the_run(project):
+    with pytest.raises(RunFailed, match="the training function of worker 1 raised SystemExit: 3"):
+        run(project, "arguments.act=exit")
+
+
+def test_a_failing_evaluation_after_the_last_round_does_not_cost_the_model(project):
+    with pytest.raises(RunFailed, match="the test set is gone"):
+        run(project, "arguments.act=late")
+    path = project / "runs" / "mine"
+    assert json.loads((path / "summary.json").read_text())["rounds"] == 6
+    nn.Linear(4, 1).load_state_dict(safetensors.torch.load_file(path / "model.safetensors"))
+
+
+def test_every_rank_draws_the_same_after_prepare_on_one_process_too(project):
+    drawn = []
+
+    def train(session):
+        model = nn.Linear(2, 1)
+        session.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        drawn.append(torch.rand(3).tolist())
+        for _ in session.batches(range(8), batch_size=2):
+            pass
+        drawn.append(torch.rand(3).tolist())
+
+    launch(train, {"rounds": 2, "backend": "inline", "metrics": {"port": None}}, observe=lambda row: None)
+    assert len(drawn) == 8
+    assert len({tuple(values) for values in drawn}) == 2
+
+
+def test_the_ledgers_are_checked_after_the_last_round_whatever_the_interval(project):
+    def train(session):
+        model = nn.Linear(4, 1)
+        session.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for _ in session.batches(range(8), batch_size=2):
+            model.weight.data.add_(0.1)
+            if session.version == 3 and session.rank == 1:
+                session._sender.residual.add_(0.01)
+
+    settings = {"rounds": 6, "backend": "inline", "metrics": {"port": None, "sketch_every": 1000}}
+    result = launch(train, settings, observe=lambda row: None)
+    assert result.summary["conservation_error"] > 16
 
 
 def test_a_port_in_use_is_named_and_what_to_do_about_it(project):

@@ -48,6 +48,7 @@ def test_a_number_in_scientific_notation_is_a_number(tmp_path):
         ("roundz=3", ["roundz is not a setting", "rounds", "uplink"]),
         ("workers.cuont=3", ["workers.cuont", "count", "local_steps"]),
         ("feedback.strenght=1", ["feedback.strenght", "strength", "average_every"]),
+        ("feedback={kind: ef, strength: 1}", ["feedback.strength is not a setting", "are kind"]),
         ("feedback.kind=efx", ["feedback.kind", "efx", "saef"]),
         ("rounds=0", ["rounds", "0", "greater than 0"]),
         ("rounds=many", ["rounds", "many", "integer"]),
@@ -101,6 +102,13 @@ def test_a_bad_file_is_one_sentence(tmp_path, text, part):
         load(file)
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(b"train: \xff\xfe")
+    with pytest.raises(SettingsError, match=r"run\.yaml is not UTF-8 text"):
+        load(file)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import TensorDataset
 
-from deploy.launch import plans
+from deploy.launch import launch, plans
 from deploy.settings import validate
 from protocol.errors import RunFailed
 from protocol.messages import Refusal
@@ -462,3 +462,32 @@ def test_a_worker_that_is_refused_because_the_run_has_ended_was_stopped_and_did_
     settings = validate({"train": "a:b", "workers": {"count": 1}})
     outcome = run(ready, plans(settings)[1][0], Refusing(), 1, torch.device("cpu"))
     assert (outcome.error, outcome.stopped) == ("no more", stopped)
+
+
+SETTINGS = {"rounds": 2, "backend": "inline", "metrics": {"port": None}}
+
+
+@pytest.mark.parametrize("what", ["parameter", "buffer"])
+def test_what_is_added_after_prepare_is_an_error_that_names_it(what, tmp_path):
+    def train(session):
+        model = torch.nn.Linear(2, 1)
+        session.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for _ in session.batches(range(8), batch_size=2):
+            if what == "parameter":
+                model.late = torch.nn.Parameter(torch.ones(1))
+            else:
+                model.register_buffer("late", torch.ones(1))
+
+    with pytest.raises(RunFailed, match=r"'late' was added after session\.prepare"):
+        launch(train, {**SETTINGS, "storage": {"dir": tmp_path}}, observe=lambda row: None)
+
+
+def test_evaluating_another_model_is_refused(tmp_path):
+    def train(session):
+        model = torch.nn.Linear(2, 1)
+        session.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        with session.evaluating(torch.nn.Linear(2, 1)):
+            pass
+
+    with pytest.raises(RunFailed, match=r"takes the model that was given to session\.prepare, and no other"):
+        launch(train, {**SETTINGS, "storage": {"dir": tmp_path}}, observe=lambda row: None)
