@@ -29,8 +29,6 @@ RUN_FILES = {
     "summary.json": "the figures above",
     "metrics.jsonl": "one line a round",
     "config.yaml": "the resolved settings",
-    "snapshots": "where --resume starts",
-    "journal": "what recovery replays",
 }
 
 

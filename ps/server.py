@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protocol import messages, snapshot
-from protocol.errors import DecodeError, NotFiniteError, Refused
+from protocol.errors import DecodeError, NotFiniteError, Refused, SettingsError
 from protocol.layout import Layout
 from protocol.messages import Average, Farewell, Join, Leave, Mean, Message, Push, Refusal, Welcome
 from protocol.segment import Update, pack_exact
@@ -151,12 +151,12 @@ class Server:
             layout = Layout.restore(join.description)
         except DecodeError as error:
             raise Refused("frame", str(error)) from None
-        if self._layout is None:
-            self._layout = layout
-        if layout.hash != self._layout.hash:
-            raise Refused("layout", f"the model of worker {worker} has {self._layout.difference(layout)}")
+        first = self._layout or layout
+        if layout.hash != first.hash:
+            raise Refused("layout", f"the model of worker {worker} has {first.difference(layout)}")
         if worker == min(self.plan.workers) and self._founded is None:
             self._founded = self._found(layout, join)
+        self._layout = layout
         self._joining.setdefault(worker, _Waiting(join, ())).tickets.append(ticket)
         if state is None:
             return self._start() if set(self.plan.workers) <= self._joining.keys() else []
@@ -172,9 +172,12 @@ class Server:
             w, statics = snapshot.unpack_snapshot(layout, founder.bodies)
         except DecodeError as error:
             raise Refused("segment", f"worker {founder.worker} has not sent its model: {error}") from None
-        compressors = compressors_for(layout, self.plan.downlink, self.plan.overrides)
+        try:
+            compressors = compressors_for(layout, self.plan.downlink, self.plan.overrides)
+            optimizer = _optimizer(self.plan, layout, founder)
+        except SettingsError as error:
+            raise Refused("frame", str(error)) from None
         sender = Sender(layout, compressors, self.plan.seed)
-        optimizer = _optimizer(self.plan, layout, founder)
         log = Log(limit=max(w.nbytes, 1 << 20))  # a snapshot is hardly larger
         return ServerState(layout, w, statics, sender, optimizer, equal_weights(list(self.plan.workers)), log=log)
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,6 +100,11 @@ class GradientCapture:
     def changed(self) -> Options | None:
         """The options that differ from those announced last, by group; None if none do."""
         known = self._announced or [{} for _ in self._current]
+        if len(known) != len(self._current):
+            raise SettingsError(
+                f"the optimizer has {len(self._current)} parameter groups where session.prepare saw {len(known)}; "
+                "with send: gradient all of them must be there before"
+            )
         changed = [
             {name: value for name, value in now.items() if name not in before or before[name] != value}
             for now, before in zip(self._current, known, strict=True)
@@ -115,7 +121,7 @@ class GradientCapture:
 
 def _plain(value: Any) -> Any:
     """An option as msgpack carries it; tensors (learning rates) become numbers."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | np.generic):
         return value.item()
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 

@@ -76,6 +76,7 @@ class Session:
         self.version = 0
         self.finished = False
         self.left = False
+        self._taken = 0  # batches of the round that is open
         self.conservation_error = 0.0
         self._plan = plan
         self._transport = transport
@@ -156,7 +157,8 @@ class Session:
             collate: makes a batch of a list of samples; by default torch's ``default_collate``.
 
         Raises:
-            SettingsError: ``prepare`` was not called, or the data set does not fit.
+            SettingsError: ``prepare`` was not called, the data set does not fit, or an earlier loop was left
+                in the middle of a round.
             NotFiniteError: the update of a round holds NaN or Inf; it was not sent.
             Refused: the server did not take the update.
         """
@@ -164,9 +166,16 @@ class Session:
             raise SettingsError("session.batches needs a model; call session.prepare(model, optimizer) first")
         samples = Samples(dataset, batch_size, self._plan.seed, collate)
         steps = self._plan.local_steps * self._plan.accumulate
+        if self._taken:  # an earlier loop was left by a break
+            if self._taken < steps:
+                raise SettingsError(
+                    f"session.batches was left after {self._taken} of the {steps} batches of a round; take all of them"
+                )
+            self._finish(self._replica, steps * batch_size)
         while not self.finished:
             self._begin(self._replica)
             for step in range(steps):
+                self._taken = step + 1
                 seed_everything(self._plan.seed, self.version, step, self.rank)
                 start = self._position + (step * self.world_size + self.rank) * batch_size
                 yield to_device(samples.batch(start), self.device)
@@ -230,6 +239,7 @@ class Session:
 
     def _finish(self, replica: Replica, samples: int) -> None:
         """Push the round's update, receive the entry, move the replica."""
+        self._taken = 0
         computed = self._clock()
         replica.check()
         skipped = max(0, self._plan.local_steps - (taken := self._steps.take()))

@@ -8,7 +8,7 @@ import torch
 
 from protocol import Layout, snapshot
 from protocol.layout import Entry as Tensor
-from protocol.messages import REASONS, Entry, Farewell, Join, Mean, Push, Refusal, Welcome
+from protocol.messages import REASONS, Entry, Farewell, Join, Mean, Refusal, Welcome
 from protocol.segment import pack_exact
 
 OTHER = Layout((Tensor("weight", (9,), "float32", "parameter"),))
@@ -189,10 +189,18 @@ def test_a_founder_that_is_no_worker_of_the_run_is_told_who_is(rig):
     assert one.ask(one.join(0)).detail == "worker 0 is not one of this run's workers, which are 3, 4"
 
 
-def test_an_error_of_the_servers_own_is_no_refusal_and_does_not_block_it(rig):
-    """Whatever is raised instead of answered ends the run; but metrics can still be read."""
+def test_a_founder_that_is_refused_does_not_fix_the_layout(rig):
     one = rig(overrides={"nosuch*": "none"})
-    with pytest.raises(ValueError, match="overrides has 'nosuch\\*', which matches no tensor"):
-        one.send(one.join(0))
+    assert one.ask(one.join(0)).detail.startswith("overrides has 'nosuch*', which matches no tensor")
+    other = Layout((*one.layout.entries[:-1],))
+    assert one.waits(one.send(one.join(1, layout=other)))
+
+
+def test_an_error_of_the_servers_own_is_no_refusal_and_does_not_block_it(rig, monkeypatch):
+    """Whatever is raised instead of answered ends the run; but metrics can still be read."""
+    one, _ = in_a_round(rig)
+    monkeypatch.setattr("ps.server.apply", lambda state, record: 1 // 0)
+    one.send(one.push(1))
+    with pytest.raises(ZeroDivisionError):
+        one.send(one.push(2))
     assert one.vitals.lock.acquire(blocking=False)
-    assert Push.KIND == 3

@@ -491,3 +491,31 @@ def test_evaluating_another_model_is_refused(tmp_path):
 
     with pytest.raises(RunFailed, match=r"takes the model that was given to session\.prepare, and no other"):
         launch(train, {**SETTINGS, "storage": {"dir": tmp_path}}, observe=lambda row: None)
+
+
+@pytest.mark.parametrize(("accumulate", "left_after"), [(1, 1), (2, 2), (2, 1)])
+def test_a_loop_left_by_break_goes_on_with_nothing_lost_or_says_why_not(tmp_path, accumulate, left_after):
+    def train(session, broken):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        session.prepare(model, optimizer)
+        data = TensorDataset(torch.ones(8, 2), torch.ones(8, 1))
+        while not session.finished:
+            for taken, (x, y) in enumerate(session.batches(data, batch_size=2), 1):
+                mse_loss(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if broken and taken == left_after:
+                    break
+
+    def fingerprint(broken):
+        settings = {**SETTINGS, "workers": {"count": 2, "accumulate": accumulate}, "storage": {"dir": tmp_path}}
+        settings |= {"arguments": {"broken": broken}, "rounds": 3}
+        return launch(train, settings, observe=lambda row: None).summary["fingerprint"]
+
+    if left_after < accumulate:
+        with pytest.raises(RunFailed, match="left after 1 of the 2 batches of a round"):
+            fingerprint(True)
+    else:
+        assert fingerprint(True) == fingerprint(False)
