@@ -26,7 +26,8 @@ from protocol.errors import CarryoverError, RunFailed, SettingsError
 from ps.actor import ServerActor
 from ps.inline import InlineServer, InlineTransport
 from ps.metrics import Endpoint
-from ps.server import Plan, Server
+from ps.plan import Plan
+from ps.server import Server
 from workers.actor import WorkerActor
 from workers.runner import Outcome, Train, run
 from workers.session import WorkerPlan

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import ray
 
 from ps.metrics import Endpoint
-from ps.server import Answer, Plan, Server
+from ps.plan import Plan
+from ps.server import Answer, Server
 from ps.settings import MetricsSettings
 from ps.vitals import Vitals
 

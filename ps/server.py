@@ -21,8 +21,7 @@ from protocol.segment import Update, pack_exact
 from protocol.sender import Sender
 from protocol.spec import compressors_for
 from ps.log import Log
-from ps.optimizer import ServerOptimizer, Sum, TorchOptimizer
-from ps.settings import ServerSettings
+from ps.plan import Plan, optimizer_for
 from ps.state import Applied, Close, Contribution, ServerState, apply, equal_weights
 from ps.vitals import Vitals
 
@@ -36,26 +35,6 @@ class Answer:
 
     ticket: Ticket
     frames: tuple[U8, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the server needs to know of a run.
-
-    Attributes:
-        workers: ids of the workers that must join before the first round.
-        send: ``difference`` or ``gradient``.
-        sketch_every: rounds between checks of the server's ledger.
-    """
-
-    rounds: int
-    workers: tuple[int, ...]
-    send: str
-    downlink: str
-    overrides: dict[str, str]
-    seed: int
-    sketch_every: int
-    server: ServerSettings
 
 
 @dataclass
@@ -174,7 +153,7 @@ class Server:
             raise Refused("segment", f"worker {founder.worker} has not sent its model: {error}") from None
         try:
             compressors = compressors_for(layout, self.plan.downlink, self.plan.overrides)
-            optimizer = _optimizer(self.plan, layout, founder)
+            optimizer = optimizer_for(self.plan, layout, founder)
         except SettingsError as error:
             raise Refused("frame", str(error)) from None
         sender = Sender(layout, compressors, self.plan.seed)
@@ -408,15 +387,3 @@ def _number(waiting: _Waiting) -> int:
 
 def _size(frames: tuple[U8, ...]) -> int:
     return sum(frame.size for frame in frames)
-
-
-def _optimizer(plan: Plan, layout: Layout, first: Join) -> ServerOptimizer:
-    if plan.send == "gradient":
-        if first.optimizer is None:
-            raise Refused("frame", f"worker {first.worker} has not said which optimizer the server shall run")
-        return TorchOptimizer(layout, first.optimizer["kind"], first.optimizer["groups"])
-    settings = plan.server.optimizer
-    if settings.kind == "sum":
-        return Sum()
-    names = [s.entry.name for s in layout.segments if s.entry.role == "parameter"]
-    return TorchOptimizer(layout, settings.kind, [{"params": names}], **settings.options)

@@ -11,7 +11,8 @@ from protocol import Layout, messages, snapshot
 from protocol.layout import Entry as Tensor
 from protocol.messages import Average, Join, Leave, Push
 from protocol.segment import pack_exact
-from ps.server import Plan, Server
+from ps.plan import Plan
+from ps.server import Server
 from ps.settings import ServerSettings
 
 MODEL = (

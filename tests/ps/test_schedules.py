@@ -18,7 +18,8 @@ from protocol.layout import Entry as Tensor
 from protocol.messages import Average, Entry, Farewell, Join, Leave, Mean, Push, Refusal, Welcome
 from protocol.segment import pack_exact
 from protocol.sender import Sender
-from ps.server import Plan, Server
+from ps.plan import Plan
+from ps.server import Server
 from ps.settings import ServerSettings
 
 LAYOUT = Layout((Tensor("weight", (5, 3), "float64", "parameter"), Tensor("bias", (4,), "float64", "parameter")))

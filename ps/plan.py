@@ -1,0 +1,49 @@
+"""What the server needs to know of a run before anyone joins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protocol.errors import Refused
+from protocol.layout import Layout
+from protocol.messages import Join
+from ps.optimizer import ServerOptimizer, Sum, TorchOptimizer
+from ps.settings import ServerSettings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the server needs to know of a run.
+
+    Attributes:
+        workers: ids of the workers that must join before the first round.
+        send: ``difference`` or ``gradient``.
+        sketch_every: rounds between checks of the server's ledger.
+    """
+
+    rounds: int
+    workers: tuple[int, ...]
+    send: str
+    downlink: str
+    overrides: dict[str, str]
+    seed: int
+    sketch_every: int
+    server: ServerSettings
+
+
+def optimizer_for(plan: Plan, layout: Layout, first: Join) -> ServerOptimizer:
+    """The server's optimizer: of the settings, or with ``send: gradient`` the one that the founder named.
+
+    Raises:
+        Refused: the founder named none.
+        SettingsError: the optimizer does not fit the model.
+    """
+    if plan.send == "gradient":
+        if first.optimizer is None:
+            raise Refused("frame", f"worker {first.worker} has not said which optimizer the server shall run")
+        return TorchOptimizer(layout, first.optimizer["kind"], first.optimizer["groups"])
+    settings = plan.server.optimizer
+    if settings.kind == "sum":
+        return Sum()
+    names = [s.entry.name for s in layout.segments if s.entry.role == "parameter"]
+    return TorchOptimizer(layout, settings.kind, [{"params": names}], **settings.options)
