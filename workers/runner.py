@@ -17,6 +17,8 @@ from workers.batches import seed_everything
 from workers.exchange import Transport
 from workers.session import Session, WorkerPlan
 
+NO_PARAMETERS = "optimizer got an empty parameter list"  # torch's words, before session.prepare could say more
+
 Train = Callable[..., Any]  # (session, **arguments)
 
 
@@ -68,6 +70,9 @@ def run(train: Train, plan: WorkerPlan, transport: Transport, cpus: int, device:
             return Outcome(plan.worker, error=str(error), expected=True, stopped=True)
         return Outcome(plan.worker, error=str(error), traceback=traceback.format_exc(), expected=True)
     except (Exception, SystemExit) as error:
+        if isinstance(error, ValueError) and str(error) == NO_PARAMETERS:
+            text = f"the model of worker {plan.worker} has no parameters, so there is nothing to train ({error})"
+            return Outcome(plan.worker, error=text, traceback=traceback.format_exc(), expected=True)
         text = f"the training function of worker {plan.worker} raised {type(error).__name__}: {error}"
         return Outcome(plan.worker, model=_model(plan, session), error=text, traceback=traceback.format_exc())
 

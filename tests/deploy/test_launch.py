@@ -94,6 +94,7 @@ def test_launch_takes_a_function_and_a_mapping(project):
         ("nan", "the update of 'weight' holds NaN or Inf in round 3 of worker 1"),
         ("return", "the training function of worker 1 returned at version 3"),
         ("no parameters", "the model has no parameters that require grad"),
+        ("empty", "the model of worker 0 has no parameters, so there is nothing to train"),
     ],
 )
 def test_a_failing_worker_ends_the_run_with_its_sentence_and_what_was_done_is_kept(project, act, sentence):
@@ -104,7 +105,7 @@ def test_a_failing_worker_ends_the_run_with_its_sentence_and_what_was_done_is_ke
     path = project / "runs" / "mine"
     summary = json.loads((path / "summary.json").read_text())
     assert summary["status"] == "failed"
-    assert len(rows(path)) == summary["rounds"] == (0 if act == "no parameters" else 3)
+    assert len(rows(path)) == summary["rounds"] == (0 if act in ("no parameters", "empty") else 3)
     assert (path / "report.html").exists()
     if act == "nan":
         assert summary["rejected"] == {"not_finite": 1}
