@@ -124,30 +124,24 @@ class RayBackend:
 
     def __init__(self, settings: RunSettings, train: Train | str, address: str | None) -> None:
         plan, workers = plans(settings)
-        cpus, gpus = settings.workers.cpus, settings.workers.gpus
+        each = settings.workers
+        needed = {"CPU": each.count * each.cpus + 1, "GPU": each.count * each.gpus}  # one CPU for the server
         self._own: LocalRay | None = None
         if address is not None:
             ray.init(address=address, ignore_reinit_error=True, logging_level=logging.ERROR)
         elif not ray.is_initialized():
-            self._own = LocalRay(settings.workers.count * cpus + 1, settings.workers.count * gpus)
+            self._own = LocalRay(needed["CPU"], needed["GPU"])
         self._actors: list[Any] = []
         self._runs: dict[Any, int] = {}
         self._seen = 0
         try:
+            _warn_of_shortage(needed)
             self._start(settings, plan, workers, train)
         except BaseException:
             self.close()
             raise
 
     def _start(self, settings: RunSettings, plan: Plan, workers: list[WorkerPlan], train: Train | str) -> None:
-        needed = {
-            "CPU": settings.workers.count * settings.workers.cpus + 1,
-            "GPU": settings.workers.count * settings.workers.gpus,
-        }
-        present = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        for resource, count in needed.items():
-            if present.get(resource, 0) < count:
-                log.warning("waiting for %d %ss; the cluster has %d", count, resource, present.get(resource, 0))
         concurrency = 4 * settings.workers.count + 16
         server_class: Any = ray.remote(ServerActor)
         self._server = server_class.options(num_cpus=1, max_concurrency=concurrency).remote(plan, settings.metrics)
@@ -191,6 +185,14 @@ class RayBackend:
             ray.kill(actor)
         if self._own:
             self._own.close()
+
+
+def _warn_of_shortage(needed: Mapping[str, int]) -> None:
+    """A cluster that is too small may still grow, so the run waits; but it says what for."""
+    present = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for resource, count in needed.items():
+        if present.get(resource, 0) < count:
+            log.warning("waiting for %d %ss; the cluster has %d", count, resource, present.get(resource, 0))
 
 
 def _get(reference: Any) -> Any:

@@ -12,7 +12,6 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_
 
 from protocol.errors import SettingsError
 from protocol.spec import compressor
-from ps.optimizer import optimizer_class
 from ps.settings import MetricsSettings, ServerSettings, StorageSettings, Strict
 from workers.settings import ErrorFeedback, FeedbackSettings, NoFeedback, StepAhead, WorkersSettings
 
@@ -57,9 +56,7 @@ class RunSettings(Strict):
                 compressor(spec)
             except SettingsError as error:
                 raise ValueError(f"{key}: {error}") from None
-        if self.server.optimizer.kind != "sum":
-            optimizer_class(self.server.optimizer.kind)
-        elif self.server.optimizer.options:
+        if self.server.optimizer.kind == "sum" and self.server.optimizer.options:
             option = next(iter(self.server.optimizer.options))
             raise ValueError(
                 f"server.optimizer has {option!r}, but kind sum takes no options; name a torch.optim class"

@@ -82,5 +82,4 @@ class Rotation:
 
 def pack(norms: dict[int, float], figure: dict[int, float], reported: dict[int, float]) -> bytes:
     """The statistics of one push."""
-    measured = {key: min(value, LARGEST) for key, value in {**norms, **figure}.items()}
-    return pack_statistics({**measured, **reported})
+    return pack_statistics({**norms, **figure, **reported})
