@@ -35,8 +35,9 @@ format: $(READY)  ## format and fix what can be fixed
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## time encoding against torch.topk
-	@$(BIN)/python benchmarks/encode.py
+bench: $(READY)  ## time the kernels and count the bytes on the wire
+	@$(BIN)/carryover bench kernels
+	@$(BIN)/carryover bench wire
 
 figures: $(READY)  ## repeat the runs behind the README's table and plot
 	@$(BIN)/python benchmarks/contrast.py

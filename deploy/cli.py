@@ -24,11 +24,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+bench = typer.Typer(help="Time the kernels, count the bytes.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Settings file of the run.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings to change, as in rounds=100.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of Carryover's own errors.")]
+Numel = Annotated[int, typer.Option(min=1000, help="Elements of the vector.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Also write all figures to this file.")
+]
 
 
 @app.command()
@@ -63,6 +70,30 @@ def report(
     from deploy.report import write_report  # matplotlib takes a second that the other commands need not wait for
 
     typer.echo(write_report(run_dirs))
+
+
+@bench.command("kernels")
+def bench_kernels(
+    numel: Numel = 25_000_000,
+    ratio: Annotated[float, typer.Option(help="Share of the elements that sparse compressors send.")] = 0.01,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all contenders take turns.")] = 7,
+    threads: Annotated[str, typer.Option(help="Threads, one run for each number.")] = "1,2",
+    device: Annotated[str, typer.Option(help="Where the vectors are: cpu or cuda.")] = "cpu",
+    json: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """Time encoding and decoding beside the speed of the memory and what is ordinarily used."""
+    from deploy.bench import kernels
+
+    kernels.run(kernels.Options.parse(numel, ratio, repeats, threads, device), json)
+
+
+@bench.command("wire")
+def bench_wire(numel: Numel = 25_000_000, json: JsonFile = None, debug: Debug = False) -> None:
+    """Count the bytes of messages, index codes and value codes beside what information theory allows."""
+    from deploy.bench import wire
+
+    wire.run(numel, json)
 
 
 def main() -> None:

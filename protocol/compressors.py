@@ -1,27 +1,30 @@
 """Compressors: what is sent of a vector, and what is left for the next round.
 
-All of them are stateless so far (their state is ``()``), deterministic, and declare their contraction
-``delta``: ``|C(v) - v|**2 <= (1 - delta) |v|**2``. See ``docs/algorithms.md`` for the papers.
+Each declares its contraction ``delta``: ``|C(v) - v|**2 <= (1 - delta) |v|**2``. An unbiased one also declares
+its variance ``omega``: ``E C(v) = v`` and ``E |C(v) - v|**2 <= omega |v|**2``; where what is left is kept (error
+feedback) it scales itself by ``1 / (1 + omega)``, and the contraction holds in expectation. See
+``docs/compressors.md`` for the papers.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from protocol import segment
 from protocol.errors import NotFiniteError
-from protocol.kernels import cpu, reference
-from protocol.values import BY_NAME, ValueCode
+from protocol.kernels import Kernels, kernels_of, on_device
+from protocol.selections import Picked, RandK, Selection
+from protocol.values import ValueCode
+from protocol.values.section import pack
 
 U8 = npt.NDArray[np.uint8]
-State = tuple[()]
+State = tuple[()] | Tensor
 
 
 @dataclass
@@ -30,7 +33,7 @@ class Norms:
 
     before: float = 0.0  # |vector + residual|^2
     sent: float = 0.0  # |decode(payload)|^2
-    left: float = 0.0  # |what was not sent|^2
+    left: float = 0.0  # |vector + residual - decode(payload)|^2
 
 
 class Compressor(Protocol):
@@ -56,11 +59,12 @@ class Compressor(Protocol):
 
         Args:
             vector: shape ``(n,)``, float32 or float64, contiguous, CPU or CUDA. Not altered.
-            state: what ``init`` or the last call returned.
-            key: a number that fixes all randomness of this call; equal keys give equal bytes.
+            state: what ``init`` or the last call returned. Not altered.
+            key: a number of 64 bits that fixes all randomness of this call; equal keys give equal bytes.
             residual: the same shape and dtype as ``vector``; None for zeros.
             residual_out: receives the new residual; by default ``residual`` itself. A separate
-                buffer saves a pass and keeps the old residual, which is what staging needs.
+                buffer keeps the old residual, which is what staging needs. If neither is given, what is
+                left is dropped, and an unbiased compressor does not scale itself down.
             norms: squared norms of this call are added to it.
 
         Returns:
@@ -68,14 +72,18 @@ class Compressor(Protocol):
 
         Raises:
             NotFiniteError: the sum holds NaN or Inf, or its square overflows float64 (magnitudes
-                beyond 1e154). ``residual`` and ``norms`` are as they were.
+                beyond 1e154). ``residual`` is as it was, unless it is written in place and the sum of two
+                finite values overflows; ``norms`` is as it was.
         """
 
     def delta(self, numel: int) -> float:
-        """The declared contraction for vectors of ``numel`` elements.
+        """The declared contraction for vectors of ``numel`` elements; in expectation for a random compressor.
 
         Up to rounding, to underflow, and to overflow of a value code narrower than the vector.
         """
+
+    def omega(self, numel: int) -> float | None:
+        """The declared variance without error feedback; None if the compressor is biased."""
 
 
 def decode(payload: U8, numel: int) -> Tensor:
@@ -88,34 +96,55 @@ def decode(payload: U8, numel: int) -> Tensor:
     return segment.unpack(payload, numel).dense()
 
 
-def _code_for(name: str, vector: Tensor) -> ValueCode:
-    return BY_NAME[name if name != "none" else "f64" if vector.dtype == torch.float64 else "f32"]
+@dataclass(frozen=True)
+class Arrays:
+    """The arguments of ``encode`` as arrays or tensors of a GPU, and where the sum of vector and residual goes."""
+
+    vector: Any
+    residual: Any
+    total: Any
+    out: Any  # receives the new residual; None if nobody wants it
+
+    @staticmethod
+    def of(vector: Tensor, residual: Tensor | None, residual_out: Tensor | None) -> Arrays:
+        """Refuses a vector that is not finite before it overwrites a residual in place."""
+        out = residual if residual_out is None else residual_out
+        given, added, rest = (x if x is None or on_device(x) else x.numpy() for x in (vector, residual, out))
+        if residual is not None and out is not None and out.data_ptr() == residual.data_ptr():
+            check(kernels_of(given).squares(given))
+        return Arrays(given, added, given if rest is None else rest, rest)
+
+    @property
+    def kernels(self) -> Kernels:
+        """Those for where the arrays are."""
+        return kernels_of(self.vector)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The working precision."""
+        return self.kernels.dtype_of(self.vector)
 
 
-def _squares(vector: Tensor) -> float:
-    if vector.is_cuda:
-        return float(vector.double().square().sum())
-    return float(cpu.magnitudes(vector.numpy())[1])
-
-
-def _check(squares: float) -> None:
+def check(squares: float) -> None:
+    """Raise NotFiniteError if a sum of squares says that an element is NaN or Inf."""
     if not math.isfinite(squares):
         raise NotFiniteError("the update holds NaN or Inf, or its square overflows")
 
 
 @dataclass(frozen=True)
-class Dense:
-    """Every element, in a value code: ``f64``, ``f32``, ``bf16``, ``sign``, or ``none`` for no change.
+class Pipeline:
+    """A selection, then a value code (None: as they are), then entropy coding where it pays."""
 
-    With ``sign`` this is scaled SignSGD (SAEF paper, equation 2).
-    """
-
-    values: str
+    selection: Selection
+    code: ValueCode | None = None
+    entropy: bool = False
 
     @property
     def spec(self) -> str:
         """See ``Compressor``."""
-        return self.values
+        first = self.selection.spec
+        values = self.code.name if self.code else "" if first else "none"
+        return "+".join(stage for stage in (first, values, "entropy" if self.entropy else "") if stage)
 
     def init(self, numel: int) -> State:
         """See ``Compressor``."""
@@ -131,94 +160,52 @@ class Dense:
         norms: Norms | None = None,
     ) -> tuple[U8, State]:
         """See ``Compressor``."""
-        total = vector if residual is None else vector + residual
-        squares = _squares(total)
-        _check(squares)
-        given = total.cpu().numpy()
-        body, sent = segment.pack_dense(_code_for(self.values, vector), given)
-        out = residual if residual_out is None else residual_out
-        if out is None and norms is None:
-            return body, state
-        left = given - sent
-        if out is not None:
-            out.copy_(torch.from_numpy(left))
+        arrays = Arrays.of(vector, residual, residual_out)
+        numel, dtype = vector.numel(), arrays.dtype
+        code = self.code or segment.exact(dtype)
+        if not numel:
+            return segment.nothing(code, dtype, 0), state
+        picked = self.selection.pick(arrays.vector, arrays.residual, arrays.total, key)
+        check(picked.squares)
+        if not len(picked.values) or (picked.squares == 0.0 and not arrays.total.any()):
+            if norms is not None:
+                norms.before += picked.squares
+                norms.left += picked.squares
+            return segment.nothing(code, dtype, numel), state
+        contract = arrays.out is not None or self.omega(numel) is None
+        values, rest = picked.values, arrays.out
+        if not contract and isinstance(self.selection, RandK):
+            values = values * float(dtype.type(1.0 / self.selection.delta(numel)))
+            rest = values.copy() if isinstance(values, np.ndarray) else values.clone()
+        packed = pack(code, values, ~key % 2**64, contract, self.entropy, picked.indices if contract else None, rest)
         if norms is not None:
-            norms.before += squares
-            norms.sent += float(cpu.magnitudes(sent)[1])
-            norms.left += float(cpu.magnitudes(left)[1])
-        return body, state
+            norms.before += picked.squares
+            norms.sent += packed.sent
+            norms.left += _left(picked, packed.left, None if contract else values, rest)
+        if picked.indices is None:
+            return segment.dense(code, dtype, numel, packed), state
+        if isinstance(self.selection, RandK):
+            return segment.keyed(code, dtype, numel, key, len(values), packed), state
+        return segment.sparse(code, dtype, numel, picked.indices, packed), state
 
     def delta(self, numel: int) -> float:
-        """See ``Compressor``."""
-        return 1.0 if self.values == "none" else BY_NAME[self.values].delta(numel)
+        """See ``Compressor``: the product of the stages', whose errors are at right angles."""
+        values = self.code.delta(self.selection.count(numel)) if self.code else 1.0
+        return self.selection.delta(numel) * values
+
+    def omega(self, numel: int) -> float | None:
+        """See ``Compressor``: ``1 + omega`` is the product of the stages'."""
+        selection = self.selection.omega(numel)
+        values = self.code.omega(self.selection.count(numel)) if self.code else 0.0
+        return None if selection is None or values is None else (1.0 + selection) * (1.0 + values) - 1.0
 
 
-@dataclass(frozen=True)
-class TopK:
-    """The ``k = max(1, round(ratio * n))`` elements of largest magnitude, their values in a value code.
-
-    Ties go to the lowest index. Elements that are zero are not sent, so fewer than ``k`` may travel.
-    Contraction: at least ``k / n`` times that of the value code (Stich, Cordonnier, Jaggi 2018).
-    """
-
-    ratio: float
-    values: str
-
-    @property
-    def spec(self) -> str:
-        """See ``Compressor``."""
-        selection = f"topk:{self.ratio!r}".removesuffix(".0")
-        return selection if self.values == "none" else f"{selection}+{self.values}"
-
-    def count(self, numel: int) -> int:
-        """How many of ``numel`` elements are sent."""
-        return min(numel, max(1, round(self.ratio * numel)))
-
-    def init(self, numel: int) -> State:
-        """See ``Compressor``."""
-        return ()
-
-    def encode(
-        self,
-        vector: Tensor,
-        state: State,
-        key: int,
-        residual: Tensor | None = None,
-        residual_out: Tensor | None = None,
-        norms: Norms | None = None,
-    ) -> tuple[U8, State]:
-        """See ``Compressor``."""
-        out = residual if residual_out is None else residual_out
-        if residual is None:
-            total = vector
-        elif out is None or out.data_ptr() == residual.data_ptr():
-            total = torch.empty_like(vector)  # the old residual must survive a sum that is not finite
-        else:
-            total = out
-        indices, values, squares = self._select(vector, residual, total)
-        _check(squares)
-        body, sent = segment.pack_sparse(_code_for(self.values, vector), vector.numel(), indices, values)
-        if out is not None:
-            if out is not total:
-                out.copy_(total)
-            segment.Update(vector.numel(), indices, sent).subtract_from(out)
-        if norms is not None:
-            selected = float(cpu.magnitudes(values)[1])
-            norms.before += squares
-            norms.sent += float(cpu.magnitudes(sent)[1])
-            norms.left += max(0.0, squares - selected) + float(cpu.magnitudes(values - sent)[1])
-        return body, state
-
-    def _select(self, vector: Tensor, residual: Tensor | None, total: Tensor) -> tuple[cpu.Indices, cpu.Floats, float]:
-        k = self.count(vector.numel())
-        if vector.is_cuda or not vector.numel():
-            indices, values, squares = reference.top_k(vector, residual, total, k)
-            return indices.cpu().numpy(), values.cpu().numpy(), squares
-        added = None if residual is None else residual.numpy()
-        return cpu.top_k(vector.numpy(), added, total.numpy(), k)
-
-    def delta(self, numel: int) -> float:
-        """See ``Compressor``."""
-        k = self.count(numel)
-        share = k / numel if numel else 1.0
-        return share if self.values == "none" else share * BY_NAME[self.values].delta(k)
+def _left(picked: Picked, left: float, scaled: Any, rest: Any) -> float:
+    """The square of what the receiver will not have, of the elements that were picked and of the others."""
+    if picked.indices is None:
+        return left
+    squares = kernels_of(picked.values).squares
+    selected = squares(picked.values)
+    if scaled is not None:  # unbiased: what is left is taken from the values as they were
+        left = squares(picked.values - (scaled - rest))
+    return max(0.0, picked.squares - selected) + left

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from numba import njit
 from torch import Tensor
 
-from protocol.segment import Update
+from protocol.update import Update
 
 Sketch = npt.NDArray[np.float64]
 

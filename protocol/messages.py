@@ -18,7 +18,8 @@ import numpy.typing as npt
 from protocol import wire
 from protocol.errors import DecodeError
 from protocol.layout import Layout
-from protocol.segment import Update, unpack
+from protocol.segment import unpack
+from protocol.update import Update
 
 U8 = npt.NDArray[np.uint8]
 Bodies = tuple[U8, ...]
@@ -254,7 +255,7 @@ def updates(message: Message, layout: Layout) -> tuple[Update, ...]:
     for body, place in zip(message.bodies, layout.segments, strict=True):
         try:
             update = unpack(body, place.numel)
-            if update.values.dtype.itemsize > layout.dtype.itemsize:
+            if update.dtype.itemsize > layout.dtype.itemsize:
                 raise DecodeError("it holds float64 values where the model has float32")
             decoded.append(update)
         except DecodeError as error:

@@ -2,140 +2,112 @@
 
 ::
 
-    byte 0     index code   0 every element, 1 no element (all zero), 2 Golomb-Rice gaps
-    byte 1     value code, plus 128 if the values are float64
+    byte 0     index code   0 every element, 1 no element (all zero), 2 to 5 see ``coding.indices``,
+                            6 drawn from a key, 7 a product of two matrices
+    byte 1     value code, plus 64 if entropy-coded, plus 128 if the values are float64
     varint     number of elements of the segment
-    -- index code 2 only --
+    -- index codes 2 to 6 --
     varint     number of values sent
-    byte       Rice parameter
-    -- index codes 0 and 2 --
-    values     exactly ``size(count)`` bytes of the value code
-    -- index code 2 only --
+    -- index codes 2 to 5 --
+    byte       parameter of the index code
+    -- index code 6 --
+    8 bytes    key
+    -- index code 7 --
+    varint     rows
+    varint     rank
+    -- all but 1 --
+    values     see ``values.section``; index code 7 has two of them, of the two matrices
+    -- index codes 2 to 5 --
     indices    the rest
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from protocol.coding import rice
+from protocol.coding import indices as index_codes
+from protocol.coding import varint
 from protocol.errors import DecodeError
-from protocol.kernels.cpu import add_at
-from protocol.values import BY_ID, F32, F64, ValueCode
+from protocol.kernels import kernels_of
+from protocol.kernels.permutation import chosen
+from protocol.kernels.product import Product
+from protocol.update import Update
+from protocol.values import BY_ID, F32, F64, Cast, ValueCode
+from protocol.values.code import Reader
+from protocol.values.decoded import Narrowed
+from protocol.values.section import Packed, pack, unpack_values
 
 U8 = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.floating[Any]]
+Indices = npt.NDArray[np.int64]
 
-ALL, NOTHING, RICE = 0, 1, 2
-WIDE = 128
-
-
-@dataclass(frozen=True)
-class Update:
-    """A decoded segment of ``numel`` elements: dense if ``indices`` is None, else sparse.
-
-    ``indices`` are ascending int64; ``values`` have the working precision, float32 or float64.
-    """
-
-    numel: int
-    indices: npt.NDArray[np.int64] | None
-    values: Floats
-
-    def add_to(self, out: Tensor) -> None:
-        """``out += update``; ``out`` has shape ``(numel,)``. Values are rounded to its dtype first."""
-        self._apply(out, torch.from_numpy(self.values).to(out.dtype))
-
-    def subtract_from(self, out: Tensor) -> None:
-        """``out -= update``, in the same way."""
-        self._apply(out, -torch.from_numpy(self.values).to(out.dtype))
-
-    def _apply(self, out: Tensor, values: Tensor) -> None:
-        if self.indices is None:
-            out += values.to(out.device)
-        elif out.device.type == "cpu":
-            add_at(out.numpy(), self.indices, values.numpy())
-        else:  # indices are distinct, so the order of additions cannot matter
-            out.index_add_(0, torch.from_numpy(self.indices).to(out.device), values.to(out.device))
-
-    def dense(self) -> Tensor:
-        """Shape ``(numel,)``, in the working precision of the message."""
-        out = torch.zeros(self.numel, dtype=torch.from_numpy(self.values).dtype)
-        self.add_to(out)
-        return out
+ALL, NOTHING, KEYED, PRODUCT = 0, 1, 6, 7
+CODED, WIDE = 64, 128
 
 
-def pack_varint(number: int) -> bytes:
-    """LEB128: seven bits a byte, lowest first."""
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
+def exact(dtype: np.dtype[Any]) -> Cast:
+    """The value code that leaves values of the working precision as they are."""
+    return F64 if dtype == np.float64 else F32
 
 
-def take_varint(data: U8, at: int) -> tuple[int, int]:
-    """The number at ``data[at:]`` and the place behind it.
-
-    Raises:
-        DecodeError: the data ends first, the number has over 63 bits, or it is padded with zeros.
-    """
-    number = 0
-    for shift in range(0, 63, 7):
-        if at >= data.size:
-            raise DecodeError("the segment ends inside a number")
-        byte = int(data[at])
-        at += 1
-        number |= (byte & 127) << shift
-        if byte < 128:
-            if byte == 0 and shift:
-                break
-            return number, at
-    raise DecodeError("the segment holds a malformed number")
-
-
-def _head(index_code: int, code: ValueCode, dtype: np.dtype[Any], numel: int) -> bytes:
-    wide = WIDE if dtype == np.float64 else 0
-    return bytes([index_code, code.wire_id | wide]) + pack_varint(numel)
+def _head(index_code: int, code: ValueCode, coded: bool, dtype: np.dtype[Any], numel: int) -> bytes:
+    flags = (WIDE if dtype == np.float64 else 0) | (CODED if coded else 0)
+    return bytes([index_code, code.wire_id | flags]) + varint.pack(numel)
 
 
 def _join(*parts: bytes | U8) -> U8:
     return np.concatenate([np.frombuffer(p, np.uint8) if isinstance(p, bytes) else p for p in parts])
 
 
-def pack_dense(code: ValueCode, values: Floats) -> tuple[U8, Floats]:
-    """The body that sends every element, and the values as the receiver will read them."""
-    if not values.any():
-        return _join(_head(NOTHING, code, values.dtype, values.size)), np.zeros_like(values)
-    data, sent = code.encode(values)
-    return _join(_head(ALL, code, values.dtype, values.size), data), sent
+def nothing(code: ValueCode, dtype: np.dtype[Any], numel: int) -> U8:
+    """The body that says that all elements are zero."""
+    return _join(_head(NOTHING, code, False, dtype, numel))
 
 
-def pack_sparse(code: ValueCode, numel: int, indices: npt.NDArray[np.int64], values: Floats) -> tuple[U8, Floats]:
-    """The body that sends ``values`` (none of them zero) at ascending ``indices``."""
-    if not values.size:
-        return _join(_head(NOTHING, code, values.dtype, numel)), values
-    data, sent = code.encode(values)
-    b, gaps = rice.encode(indices, numel)
-    head = _head(RICE, code, values.dtype, numel) + pack_varint(values.size) + bytes([b])
-    return _join(head, data, gaps), sent
+def dense(code: ValueCode, dtype: np.dtype[Any], numel: int, values: Packed) -> U8:
+    """The body that sends every element."""
+    return _join(_head(ALL, code, values.entropy, dtype, numel), values.data)
+
+
+def sparse(code: ValueCode, dtype: np.dtype[Any], numel: int, indices: Any, values: Packed) -> U8:
+    """The body that sends values at ascending indices (int64), in the index code that takes the fewest bytes."""
+    index_code, parameter, places = kernels_of(indices).pack_indices(indices, numel)
+    head = _head(index_code, code, values.entropy, dtype, numel)
+    return _join(head + varint.pack(len(indices)) + bytes([parameter]), values.data, places)
+
+
+def keyed(code: ValueCode, dtype: np.dtype[Any], numel: int, key: int, count: int, values: Packed) -> U8:
+    """The body that sends values at the ``count`` elements which the key chooses."""
+    head = _head(KEYED, code, values.entropy, dtype, numel) + varint.pack(count)
+    return _join(head + key.to_bytes(8, "little"), values.data)
+
+
+def product(code: ValueCode, dtype: np.dtype[Any], rows: int, columns: int, rank: int, parts: list[Packed]) -> U8:
+    """The body that sends a matrix as the product of two; their values in the same code, both entropy-coded or none."""
+    head = _head(PRODUCT, code, parts[0].entropy, dtype, rows * columns)
+    return _join(head + varint.pack(rows) + varint.pack(rank), parts[0].data, parts[1].data)
 
 
 def pack_exact(values: Floats) -> U8:
     """The smaller of the bodies that hold ``values`` exactly: every element, or those that are not zero."""
-    code = F64 if values.dtype == np.float64 else F32
     indices = np.flatnonzero(values)
-    if indices.size < values.size:
-        sparse, _ = pack_sparse(code, values.size, indices, values[indices])
-        if sparse.size < values.nbytes:
-            return sparse
-    return pack_dense(code, values)[0]
+    if 0 < indices.size < values.size:
+        code = exact(values.dtype)
+        body = sparse(code, values.dtype, values.size, indices, pack(code, values[indices]))
+        if body.size < values.nbytes:
+            return body
+    return pack_dense(values)
+
+
+def pack_dense(values: Floats) -> U8:
+    """The body that holds every element of ``values`` exactly, or says that all are zero."""
+    code = exact(values.dtype)
+    if not values.any():
+        return nothing(code, values.dtype, values.size)
+    return dense(code, values.dtype, values.size, pack(code, values))
 
 
 def unpack(body: U8, numel: int) -> Update:
@@ -147,29 +119,50 @@ def unpack(body: U8, numel: int) -> Update:
     if body.size < 3:
         raise DecodeError(f"a segment of {body.size} bytes is too short for any code")
     index_code, value_id = int(body[0]), int(body[1])
-    code = BY_ID.get(value_id & ~WIDE)
-    if code is None or index_code not in (ALL, NOTHING, RICE):
+    code, coded = BY_ID.get(value_id & ~(WIDE | CODED)), bool(value_id & CODED)
+    if code is None or index_code not in (ALL, NOTHING, KEYED, PRODUCT, *index_codes.NAMES):
         raise DecodeError(f"the segment has unknown codes {index_code} and {value_id}")
     dtype = np.dtype(np.float64 if value_id & WIDE else np.float32)
-    announced, at = take_varint(body, 2)
+    announced, at = varint.take(body, 2)
     if announced != numel:
         raise DecodeError(f"the segment has {announced} elements where the layout has {numel}")
-    nothing = np.empty(0, np.int64), np.empty(0, dtype)
     if index_code == NOTHING:
-        if at != body.size:
-            raise DecodeError(f"an empty segment is followed by {body.size - at} bytes")
-        return Update(numel, *nothing)
+        return _finish(Update(numel, np.empty(0, np.int64), Narrowed(body[:0], exact(dtype), dtype)), body, at)
+    if numel == 0:
+        raise DecodeError("a segment without elements has values")
     if index_code == ALL:
-        expected = code.size(numel, dtype)
-        if numel == 0 or body.size - at != expected:
-            raise DecodeError(f"a dense segment has {body.size - at} bytes of values instead of {expected}")
-        return Update(numel, None, code.decode(body[at:], numel, dtype))
-    count, at = take_varint(body, at)
-    if not 0 < count <= numel or at >= body.size:
+        values, at = unpack_values(code, coded, body, at, numel, dtype)
+        return _finish(Update(numel, None, values), body, at)
+    if index_code == PRODUCT:
+        return _unpack_product(code, coded, body, at, numel, dtype)
+    count, at = varint.take(body, at)
+    if not 0 < count <= numel:
         raise DecodeError(f"the segment announces {count} values of {numel}")
-    b = int(body[at])
-    split = at + 1 + code.size(count, dtype)
-    if split > body.size:
-        raise DecodeError(f"the segment ends inside its {count} values")
-    indices = rice.decode(body[split:], b, count, numel)
-    return Update(numel, indices, code.decode(body[at + 1 : split], count, dtype))
+    head = 8 if index_code == KEYED else 1
+    if body.size < at + head:
+        raise DecodeError("the segment ends before its values")
+    parameter = int.from_bytes(body[at : at + head].tobytes(), "little")
+    values, at = unpack_values(code, coded, body, at + head, count, dtype)
+    if index_code == KEYED:
+        return _finish(Update(numel, chosen(parameter, count, numel), values), body, at)
+    return Update(numel, index_codes.decode(index_code, parameter, body[at:], count, numel), values)
+
+
+def _unpack_product(code: Cast | Reader, coded: bool, body: U8, at: int, numel: int, dtype: np.dtype[Any]) -> Update:
+    rows, at = varint.take(body, at)
+    rank, at = varint.take(body, at)
+    if not rows or numel % rows or not 0 < rank <= min(rows, numel // rows):
+        raise DecodeError(f"the segment announces {rows} rows and rank {rank} for {numel} elements")
+    values, at = unpack_values(code, coded, body, at, rows * rank, dtype)
+    left = values.array().reshape(rows, rank)
+    values, at = unpack_values(code, coded, body, at, numel // rows * rank, dtype)
+    right = values.array().reshape(-1, rank).T.copy()
+    if float(np.abs(left).max()) * float(np.abs(right).max()) * rank > np.finfo(dtype).max:
+        raise DecodeError("the segment's product may overflow")
+    return _finish(Update(numel, None, Product(left, right)), body, at)
+
+
+def _finish(update: Update, body: U8, at: int) -> Update:
+    if at != body.size:
+        raise DecodeError(f"the segment is followed by {body.size - at} bytes")
+    return update

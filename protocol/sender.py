@@ -25,7 +25,8 @@ from protocol import ledger
 from protocol.compressors import Compressor, Norms
 from protocol.errors import NotFiniteError
 from protocol.layout import Layout
-from protocol.segment import Update, unpack
+from protocol.segment import unpack
+from protocol.update import Update
 
 U8 = npt.NDArray[np.uint8]
 

@@ -11,10 +11,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from protocol.compressors import Dense
-from protocol.errors import DecodeError
+from protocol.errors import DecodeError, NotFiniteError
 from protocol.layout import DTYPES, Layout
-from protocol.segment import unpack
+from protocol.segment import pack_dense, unpack
 
 U8 = npt.NDArray[np.uint8]
 
@@ -35,10 +34,15 @@ def raw(tensor: Tensor) -> U8:
 
 
 def pack(layout: Layout, w: Tensor, statics: Sequence[U8]) -> tuple[U8, ...]:
-    """Bodies that hold ``w`` exactly (shape ``(layout.numel,)``), and the raw static tensors."""
-    exact = Dense("none")
-    parts = (w[s.start : s.stop] for s in layout.segments)
-    return (*(exact.encode(part, (), 0)[0] for part in parts), *statics)
+    """Bodies that hold ``w`` exactly (shape ``(layout.numel,)``), and the raw static tensors.
+
+    Raises:
+        NotFiniteError: the model holds NaN or Inf.
+    """
+    flat = w.cpu().numpy()
+    if not np.isfinite(flat).all():
+        raise NotFiniteError("the model holds NaN or Inf")
+    return (*(pack_dense(flat[s.start : s.stop]) for s in layout.segments), *statics)
 
 
 def unpack_snapshot(layout: Layout, bodies: Sequence[U8]) -> tuple[Tensor, tuple[U8, ...]]:

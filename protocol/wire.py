@@ -28,8 +28,8 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
+from protocol.coding import varint
 from protocol.errors import DecodeError
-from protocol.segment import pack_varint, take_varint
 
 U8 = npt.NDArray[np.uint8]
 
@@ -54,7 +54,7 @@ class Frame:
 def pack(kind: int, layout: bytes, fields: dict[int, Any], bodies: Sequence[U8] = ()) -> U8:
     """One frame as a 1-D uint8 array."""
     if bodies:
-        fields = {LENGTHS: b"".join(pack_varint(body.size) for body in bodies), **fields}
+        fields = {LENGTHS: b"".join(varint.pack(body.size) for body in bodies), **fields}
     table = msgpack.packb(fields)
     size = sum(body.size for body in bodies)
     frame = np.empty(HEADER.size + len(table) + size + CRC.size, np.uint8)
@@ -109,7 +109,7 @@ def _cut(lengths: Any, data: U8) -> tuple[U8, ...]:
     packed, at, start = np.frombuffer(lengths, np.uint8), 0, 0
     bodies = []
     while at < packed.size:
-        size, at = take_varint(packed, at)
+        size, at = varint.take(packed, at)
         bodies.append(data[start : start + size])
         start += size
     if start != data.size:

@@ -17,9 +17,10 @@ from protocol import messages, snapshot
 from protocol.errors import DecodeError, NotFiniteError, Refused, SettingsError
 from protocol.layout import Layout
 from protocol.messages import Average, Farewell, Join, Leave, Mean, Message, Push, Refusal, Welcome
-from protocol.segment import Update, pack_exact
+from protocol.segment import pack_exact
 from protocol.sender import Sender
 from protocol.spec import compressors_for
+from protocol.update import Update
 from ps.log import Log
 from ps.plan import Plan, optimizer_for
 from ps.state import Applied, Close, Contribution, ServerState, apply, equal_weights

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from protocol.layout import Layout
 from protocol.messages import U8, Entry
-from protocol.segment import Update
 from protocol.sender import Sender
+from protocol.update import Update
 from ps.log import Log
 from ps.optimizer import ServerOptimizer
 

@@ -11,7 +11,7 @@ from protocol import messages
 from protocol.errors import DecodeError, Refused
 from protocol.layout import Layout
 from protocol.messages import Average, Entry, Farewell, Join, Leave, Mean, Message, Push, Refusal, Welcome
-from protocol.segment import Update
+from protocol.update import Update
 
 U8 = npt.NDArray[np.uint8]
 Bodies = tuple[U8, ...]

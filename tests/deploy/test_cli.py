@@ -70,7 +70,7 @@ def test_check_refuses_a_function_that_prepares_no_model(carryover):
         (["train=myproject:trian"], "has no function 'trian'; it has train, never"),
         (["train=myproject:nothing"], "has no function 'nothing'"),
         (["arguments={size: 3}"], "arguments do not fit myproject:train"),
-        (["uplink=topk:2"], "uplink: compressor 'topk:2' has ratio '2'"),
+        (["uplink=topk:2"], "uplink: stage 'topk' in compressor 'topk:2' has ratio '2'"),
         (["rounds=1", "storage.dir=/proc/nowhere"], "storage.dir /proc/nowhere cannot be written"),
     ],
 )

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.ledger import COLUMNS, Ledger, sketch, sketch_update
-from protocol.segment import Update
+from protocol.update import Update
 
 laws = settings(deadline=None, max_examples=100)
 offsets = st.integers(0, 3 * COLUMNS) | st.integers(0, 2**40)

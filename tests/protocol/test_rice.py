@@ -9,9 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from protocol import DecodeError
-from protocol.coding import rice
+from protocol.coding import rice, varint
 from protocol.compressors import TopK
-from protocol.segment import pack_varint
 
 LARGE = 25_000_000
 
@@ -88,7 +87,7 @@ def test_every_parameter_decodes_what_the_docstring_of_the_format_describes(b):
 def test_a_random_selection_takes_at_most_three_percent_more_than_its_information(density):
     count = TopK(density, "none").count(LARGE)
     b, data = rice.encode(chosen(LARGE, count, seed=count), LARGE)
-    stream = 8 * (len(pack_varint(count)) + len(bytes([b])) + data.size)
+    stream = 8 * (len(varint.pack(count)) + len(bytes([b])) + data.size)
     information = math.lgamma(LARGE + 1) - math.lgamma(count + 1) - math.lgamma(LARGE - count + 1)
     assert information / math.log(2) <= stream <= 1.03 * information / math.log(2)
 
@@ -114,17 +113,25 @@ def test_a_cluster_stays_within_the_bound_of_the_usual_parameter(numel, start, d
     assert 8 * data.size <= count * (usual + 1) + numel / 2**usual + 2 * 7
 
 
-@laws(100)
-@given(selection=selections(max_numel=2**30))
-def test_the_parameter_has_the_fewest_bits_of_its_neighbours(selection):
+@laws(300)
+@given(selection=selections().filter(lambda s: s[0].size))
+@example(selection=(ascending(*range(2**19, 2**19 + 500)), 2**20))  # far from the density's parameter
+@example(selection=(ascending(*range(0, 2**20, 2**10), 2**40 - 1), 2**40))
+def test_the_parameter_is_the_lowest_with_the_fewest_bits_of_all(selection):
     indices, numel = selection
     gaps = np.diff(indices, prepend=-1) - 1
-    b, unary = rice.parameter(indices, numel)
-    bits = {c: indices.size * (c + 1) + int((gaps >> c).sum()) for c in (b - 1, b, b + 1) if c >= 0}
-    assert unary == indices.size + int((gaps >> b).sum())
-    guess = math.log2(max(1.0, 0.7 * numel / max(1, indices.size)))
-    if abs(b - guess) < 1:  # further off, the best may lie outside of the five that are tried
-        assert bits[b] == min(bits.values())
+    bits = [indices.size * (b + 1) + int((gaps >> b).sum()) for b in range(rice.MAX_PARAMETER + 1)]
+    plan = rice.plan(indices, numel)
+    assert plan.b == bits.index(min(bits))
+    assert plan.bits == bits[plan.b]
+    assert plan.size == rice.write(indices, plan).size
+
+
+@laws(200)
+@given(selection=selections().filter(lambda s: s[0].size), w=st.integers(1, 8))
+def test_numbers_of_blocks_are_planned_without_being_written_down(selection, w):
+    indices, numel = selection
+    assert rice.plan(indices, numel, w) == rice.plan(np.unique(indices >> w), (numel - 1 >> w) + 1)
 
 
 # --- what arrives broken

@@ -8,7 +8,8 @@ import torch
 
 from protocol import Layout, NotFiniteError, compressor, ledger
 from protocol.layout import Entry
-from protocol.segment import Update, unpack
+from protocol.segment import unpack
+from protocol.update import Update
 from protocol.sender import Sender
 
 VALUES = ("none", "f64", "f32", "bf16", "int8", "int4", "sign")

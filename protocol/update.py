@@ -1,0 +1,72 @@
+"""A decoded segment, and how it is added to a vector without ever being a vector itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from protocol.kernels.product import Product
+from protocol.values.decoded import Narrowed, Symbols
+
+Floats = npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Update:
+    """A segment of ``numel`` elements: dense if ``indices`` is None, else zero where they do not point.
+
+    ``indices`` are ascending int64; the values have the working precision of the message, float32 or float64.
+    """
+
+    numel: int
+    indices: npt.NDArray[np.int64] | None
+    coded: Symbols | Narrowed | Product
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the values."""
+        return self.coded.dtype
+
+    @property
+    def values(self) -> Floats:
+        """All values in one array: as many as there are indices, or ``numel``."""
+        return self.coded.array()
+
+    def pieces(self) -> Iterator[tuple[int, Floats]]:
+        """The values in order, as (start, array); never many at a time."""
+        return self.coded.pieces()
+
+    def add_to(self, out: Tensor) -> None:
+        """``out += update``; ``out`` has shape ``(numel,)``. Values are rounded to its dtype first."""
+        self._apply(out, 1)
+
+    def subtract_from(self, out: Tensor) -> None:
+        """``out -= update``, in the same way."""
+        self._apply(out, -1)
+
+    def _apply(self, out: Tensor, sign: int) -> None:
+        if out.device.type == "cpu":
+            self.coded.add_to(out.numpy(), self.indices, sign)
+            return
+        places = None if self.indices is None else torch.from_numpy(self.indices).to(out.device)
+        if isinstance(self.coded, Symbols) and self.coded.numbers.scales.size == 1:
+            self.coded.add_on_device(out, places, sign)
+            return
+        for start, piece in self.pieces():
+            values = torch.from_numpy(piece).to(out.dtype).to(out.device)
+            if places is None:
+                out[start : start + values.numel()].add_(values, alpha=sign)
+            else:  # indices are distinct, so the order of additions cannot matter
+                out.index_add_(0, places[start : start + values.numel()], values, alpha=sign)
+
+    def dense(self) -> Tensor:
+        """Shape ``(numel,)``, in the working precision of the message."""
+        out = torch.zeros(self.numel, dtype=torch.float64 if self.dtype == np.float64 else torch.float32)
+        self.add_to(out)
+        return out

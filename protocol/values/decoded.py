@@ -1,0 +1,115 @@
+"""Decoded values before they are numbers, and how they are added to a vector without ever being one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from protocol.errors import DecodeError
+from protocol.kernels import cpu, cuda_coding, quantise
+from protocol.kernels.casts import PIECE, widen
+from protocol.kernels.numbers import Numbers
+from protocol.values.casts import Cast
+
+U8 = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.floating[Any]]
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """Decoded values that are still symbols: one byte each."""
+
+    symbols: U8
+    numbers: Numbers
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the values."""
+        return self.numbers.dtype
+
+    def __len__(self) -> int:
+        return self.symbols.size
+
+    def _part(self, start: int, stop: int) -> Floats:
+        values = self.numbers.table[self.symbols[start:stop]]
+        if self.numbers.scales.size > 1:
+            values *= self.numbers.scales[np.arange(start, start + values.size) // self.numbers.bucket]
+        else:
+            values *= self.numbers.scales
+        return values
+
+    def pieces(self) -> Iterator[tuple[int, Floats]]:
+        """The values, as (start, array) in order."""
+        for start in range(0, len(self), PIECE):
+            yield start, self._part(start, start + PIECE)
+
+    def array(self) -> Floats:
+        """The values in one array."""
+        return self._part(0, len(self))
+
+    def add_to(self, out: Floats, indices: Indices | None, sign: int) -> None:
+        """``out[indices] += sign * values``, each rounded to out's dtype first; everywhere without indices."""
+        if self.numbers.scales.size == 1 or out.dtype == self.dtype:
+            quantise.add(out, self.symbols, self.numbers, indices, sign)
+            return
+        for start, values in self.pieces():  # each product is rounded to the message's own width
+            places = np.arange(start, start + values.size) if indices is None else indices[start : start + values.size]
+            cpu.add_at(out, places, values.astype(out.dtype) * out.dtype.type(sign))
+
+    def add_on_device(self, out: Tensor, indices: Tensor | None, sign: int) -> None:
+        """``add_to`` on a GPU, if there is one scale: symbols travel there, one byte each."""
+        table = torch.from_numpy(self.numbers.table * self.numbers.scales[0] * self.numbers.dtype.type(sign))
+        symbols = torch.from_numpy(np.array(self.symbols)).to(out.device)
+        cuda_coding.lookup_add(out, indices, symbols, table.to(out.dtype).to(out.device))
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """Decoded values that are still in the format of their cast, as bytes that may stand anywhere."""
+
+    data: U8
+    code: Cast
+    dtype: np.dtype[Any]
+
+    def __len__(self) -> int:
+        return self.data.size // self.code.dtype.itemsize
+
+    def pieces(self) -> Iterator[tuple[int, Floats]]:
+        """The values, as (start, array) in order."""
+        for start in range(0, len(self), PIECE):
+            yield start, self._part(start, start + PIECE)
+
+    def _part(self, start: int, stop: int) -> Floats:
+        size = self.code.dtype.itemsize
+        return widen(self.data[start * size : stop * size], self.code.dtype, self.dtype)
+
+    def array(self) -> Floats:
+        """The values in one array."""
+        return self._part(0, len(self))
+
+    def check(self) -> Narrowed:
+        """Itself.
+
+        Raises:
+            DecodeError: a value is not finite.
+        """
+        if not all(np.isfinite(piece).all() for _, piece in self.pieces()):
+            raise DecodeError("the segment holds values that are not finite")
+        return self
+
+    def add_to(self, out: Floats, indices: Indices | None, sign: int) -> None:
+        """As ``Symbols.add_to``."""
+        for start, values in self.pieces():
+            values = values.astype(out.dtype, copy=False)
+            if indices is None:
+                part = out[start : start + values.size]
+                np.add(part, values, out=part) if sign > 0 else np.subtract(part, values, out=part)
+            else:
+                cpu.add_at(out, indices[start : start + values.size], values if sign > 0 else -values)
