@@ -15,12 +15,13 @@ from protocol.compressors import Compressor
 from protocol.errors import SettingsError
 from protocol.layout import Layout
 from protocol.messages import STATISTICS_LIMIT, Entry, Push
+from protocol.residual import Memory, footprint
 from protocol.spec import compressors_for
 from workers import Session
 from workers.replica import Replica
 
-WORKER_VECTORS = 5  # replica, residual, its spare, start of the round, update
-SERVER_VECTORS = 4  # replica, residual, its spare, sum
+WORKER_VECTORS = 3  # replica, start of the round, update; beside them the residual
+SERVER_VECTORS = 2  # replica, sum
 
 
 class _Prepared(BaseException):
@@ -51,17 +52,24 @@ def describe(settings: RunSettings, train: Callable[..., Any]) -> str:
     up = _frame_bytes(layout, compressors_for(layout, settings.uplink, settings.overrides), "up")
     down = _frame_bytes(layout, compressors_for(layout, settings.downlink, settings.overrides), "down")
     dense = 4 * layout.trainable
-    count = settings.workers.count
+    count, carries = settings.workers.count, settings.feedback.kind != "none"
+    worker = _memory(WORKER_VECTORS * size, settings.workers.residual if carries else None, layout)
+    server = _memory(SERVER_VECTORS * size, settings.server.residual, layout)
     lines = [
         resolved(settings),
         f"model                {layout.trainable:,} parameters in {len(layout.segments)} tensors",
         f"update, each worker  {up:,} bytes a round, {dense / up:.1f}x less than float32",
         f"answer, each worker  {down:,} bytes a round, {dense / down:.1f}x less than float32",
         f"server's link        {bytes_text(count * up)} in and {bytes_text(count * down)} out a round",
-        f"memory, each worker  {bytes_text(WORKER_VECTORS * size)} beside the model, its gradients and its optimizer",
-        f"memory, server       {bytes_text(SERVER_VECTORS * size)}",
+        f"memory, each worker  {worker} beside the model, its gradients and its optimizer",
+        f"memory, server       {server}",
     ]
     return "\n".join(lines)
+
+
+def _memory(vectors: int, residual: Memory | None, layout: Layout) -> str:
+    size = vectors + (footprint(residual, layout) if residual else 0)
+    return ("at most " if residual == "sparse" else "") + bytes_text(size)
 
 
 def _layout(settings: RunSettings, train: Callable[..., Any]) -> Layout:

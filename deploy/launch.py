@@ -54,6 +54,7 @@ def plans(settings: RunSettings) -> tuple[Plan, list[WorkerPlan]]:
             founder=worker == 0,
             uplink=settings.uplink,
             feedback=settings.feedback,
+            residual=settings.workers.residual,
             local_steps=settings.workers.local_steps,
             accumulate=settings.workers.accumulate,
             arguments=settings.arguments,

@@ -72,8 +72,8 @@ class Compressor(Protocol):
 
         Raises:
             NotFiniteError: the sum holds NaN or Inf, or its square overflows float64 (magnitudes
-                beyond 1e154). ``residual`` is as it was, unless it is written in place and the sum of two
-                finite values overflows; ``norms`` is as it was.
+                beyond 1e154). ``residual`` and ``norms`` are as they were, a residual that is written in
+                place to rounding.
         """
 
     def delta(self, numel: int) -> float:
@@ -107,10 +107,10 @@ class Arrays:
 
     @staticmethod
     def of(vector: Tensor, residual: Tensor | None, residual_out: Tensor | None) -> Arrays:
-        """Refuses a vector that is not finite before it overwrites a residual in place."""
+        """On a GPU, refuses a vector that is not finite before it overwrites a residual in place."""
         out = residual if residual_out is None else residual_out
         given, added, rest = (x if x is None or on_device(x) else x.numpy() for x in (vector, residual, out))
-        if residual is not None and out is not None and out.data_ptr() == residual.data_ptr():
+        if residual is not None and residual_out is None and on_device(vector):
             check(kernels_of(given).squares(given))
         return Arrays(given, added, given if rest is None else rest, rest)
 

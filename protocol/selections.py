@@ -189,7 +189,7 @@ class Threshold:
     @property
     def spec(self) -> str:
         """See ``Selection``."""
-        return f"threshold:{self.level!r}".removesuffix(".0")
+        return f"threshold:{self.level!r}".removesuffix(".0").replace("e+", "e")  # a plus joins stages
 
     def pick(self, vector: Any, residual: Any, total: Any, key: int) -> Picked:
         """See ``Selection``."""

@@ -157,7 +157,7 @@ class Server:
             optimizer = optimizer_for(self.plan, layout, founder)
         except SettingsError as error:
             raise Refused("frame", str(error)) from None
-        sender = Sender(layout, compressors, self.plan.seed)
+        sender = Sender(layout, compressors, self.plan.seed, memory=self.plan.server.residual)
         log = Log(limit=max(w.nbytes, 1 << 20))  # a snapshot is hardly larger
         return ServerState(layout, w, statics, sender, optimizer, equal_weights(list(self.plan.workers)), log=log)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+from protocol.residual import Memory
 from ps.optimizer import build
 
 
@@ -43,6 +44,7 @@ class ServerSettings(Strict):
     quorum: float = Field(default=1.0, ge=1.0, le=1.0)  # share of the workers that closes a round
     buffer: None = None  # pushes a fold, asynchronous mode only
     shards: Literal[1] = 1
+    residual: Memory = "float32"  # how the server's residual is kept in memory
     optimizer: OptimizerSettings = OptimizerSettings()
 
 

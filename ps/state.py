@@ -80,6 +80,13 @@ def equal_weights(workers: list[int]) -> dict[int, float]:
     return {worker: 1.0 / len(workers) for worker in sorted(workers)}
 
 
+def _true_model(state: ServerState) -> Tensor:
+    """``x = w - e``."""
+    x = state.w.clone()
+    state.sender.subtract_residual(x)
+    return x
+
+
 def apply(state: ServerState, record: Close) -> Applied:
     """Fold a round into the state: ``p = e + u``, ``c = C(p)``, ``e = p - c``, ``w = w - c``.
 
@@ -99,7 +106,7 @@ def apply(state: ServerState, record: Close) -> Applied:
     )
     step = total
     if not skipped:
-        model = state.w - state.sender.residual if state.optimizer.needs_model else None
+        model = _true_model(state) if state.optimizer.needs_model else None
         step = state.optimizer.step(total, model, record.options)
     message = state.sender.stage(step, state.version)
     state.sender.commit()

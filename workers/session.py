@@ -14,6 +14,7 @@ from torch import Tensor
 from protocol import snapshot
 from protocol.errors import NotFiniteError, Refused, SettingsError
 from protocol.messages import Entry, Stat
+from protocol.residual import Memory
 from protocol.segment import pack_exact
 from protocol.sender import Sender
 from protocol.spec import compressor, compressors_for
@@ -35,6 +36,7 @@ class WorkerPlan:
         founder: this worker's model is version 0.
         send: ``difference`` or ``gradient``.
         uplink: compressor specification.
+        residual: how the residual is kept in memory, see ``protocol.residual``.
         sketch_every: rounds between checks of the ledger and of the replica.
         arguments: keyword arguments of the training function.
     """
@@ -46,6 +48,7 @@ class WorkerPlan:
     uplink: str
     overrides: dict[str, str]
     feedback: FeedbackSettings
+    residual: Memory
     local_steps: int
     accumulate: int
     sketch_every: int
@@ -125,7 +128,7 @@ class Session:
         check_optimizer(optimizer, replica)
         compressors = compressors_for(replica.layout, plan.uplink, plan.overrides)
         seed = seed_of(plan.seed, "worker", plan.worker)
-        self._sender = Sender(replica.layout, compressors, seed, self._feedback.keep, replica.device)
+        self._sender = Sender(replica.layout, compressors, seed, self._feedback.keep, replica.device, plan.residual)
         self._exchange = Exchange(self._transport, plan.worker, replica.layout)
         self._capture = GradientCapture(optimizer, replica) if plan.send == "gradient" else None
         self._steps = self._capture or StepCounter(optimizer)
@@ -304,9 +307,8 @@ class Session:
     def _average(self, spec: str) -> None:
         """Error averaging: send the residual, take this worker's share of the sum."""
         sender = self._sender
-        compressors = (compressor(spec),) * len(sender.layout.segments)
-        outgoing = Sender(sender.layout, compressors, sender.seed, keep=False, device=self.device)
-        message = outgoing.stage(sender.residual, self._exchange.sequence + 1)
+        compressors = tuple(compressor(spec, place.entry.shape) for place in sender.layout.segments)
+        message = sender.average(compressors, self._exchange.sequence + 1)
         mean = self._exchange.average(self.version, message.bodies)
         received = sender.layout.zeros(self.device)
         for place, update in zip(sender.layout.segments, self._exchange.updates(mean), strict=True):
@@ -315,7 +317,5 @@ class Session:
 
     def leave(self, cause: str) -> None:
         """Leave the run before its end and hand over the residual, which enters the next fold."""
-        assert self._replica is not None
-        layout, residual = self._replica.layout, self._sender.residual.cpu().numpy()
-        self._exchange.leave(cause, tuple(pack_exact(residual[s.start : s.stop]) for s in layout.segments))
+        self._exchange.leave(cause, tuple(pack_exact(owed.cpu().numpy()) for _, owed in self._sender.parts()))
         self.finished = self.left = True

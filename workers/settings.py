@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
+from protocol.residual import Memory
+
 
 class Strict(BaseModel):
     """Immutable, and unknown keys are refused."""
@@ -45,3 +47,4 @@ class WorkersSettings(Strict):
     gpus: NonNegativeInt = Field(default=0, le=1)
     local_steps: PositiveInt = 1  # optimizer steps a round
     accumulate: PositiveInt = 1  # batches an optimizer step
+    residual: Memory = "float32"  # how each worker's residual is kept in memory

@@ -38,7 +38,7 @@ class Fit:
 
 def fits(vector: Tensor) -> list[Fit]:
     """Of every code on what ``topk:0.01`` selects of ``vector``, on its elements, and on normal numbers."""
-    return [_fit(name, values, code) for name, values in _values(vector) for code in CODES]
+    return [fit(name, values, code) for name, values in _values(vector) for code in CODES]
 
 
 def _values(vector: Tensor) -> Iterator[tuple[str, Floats]]:
@@ -49,7 +49,8 @@ def _values(vector: Tensor) -> Iterator[tuple[str, Floats]]:
     yield "normals, all", normal.numpy()
 
 
-def _fit(name: str, values: Floats, code: str) -> Fit:
+def fit(name: str, values: Floats, code: str) -> Fit:
+    """The errors of one code on some values, none of them zero."""
     body = compressor(code).encode(torch.from_numpy(values), (), 1)[0]
     update = unpack(body, values.size)
     assert isinstance(update.coded, Symbols)

@@ -19,13 +19,14 @@ import numpy.typing as npt
 from numba import njit
 
 from protocol.kernels.bits import LANES, reaching
-from protocol.kernels.threads import over, spans
+from protocol.kernels.threads import Span, over, spans
 from protocol.kernels.words import zeros_below
 
 Floats = npt.NDArray[np.floating[Any]]
 Indices = npt.NDArray[np.int64]
 Picked = tuple[Indices, Floats, float]
 
+CACHED = 1 << 11  # values of two vectors that stay in the first-level cache
 BLOCK = 1 << 14  # values that stay in the second-level cache between the inner loops; a multiple of LANES
 SAMPLE = 1 << 16  # magnitudes at most from which the threshold is estimated
 SHARE = 16  # one in so many
@@ -67,14 +68,51 @@ def magnitudes(values):  # type: ignore[no-untyped-def]
     return total, squares
 
 
+@njit(cache=True, nogil=True, fastmath={"reassoc"})
+def _squares(vector, residual):  # type: ignore[no-untyped-def]
+    squares = 0.0
+    for i in range(vector.size):
+        value = np.float64(vector[i] + residual[i])
+        squares += value * value
+    return squares
+
+
 @njit(cache=True, nogil=True)
-def _fill(vector, residual, total, start, stop):  # type: ignore[no-untyped-def]
-    """Write ``vector + residual`` (an empty residual is zero) and return its sum of squares."""
+def _take_back(vector, total, start, stop):  # type: ignore[no-untyped-def]
+    for i in range(start, stop):
+        total[i] -= vector[i]
+
+
+@njit(cache=True, nogil=True)
+def _fill(vector, residual, total, origin, start, stop, squares):  # type: ignore[no-untyped-def]
+    """Write ``vector + residual`` (an empty residual is zero) and add its sum of squares to ``squares``.
+
+    If that is not finite and ``total`` is the residual, the vector is taken off again from ``origin`` on.
+    """
+    if residual.size and total.ctypes.data == residual.ctypes.data:
+        for first in range(start, stop, CACHED):
+            last = min(first + CACHED, stop)
+            squares += _squares(vector[first:last], residual[first:last])
+            if not np.isfinite(squares):
+                _take_back(vector, total, origin, first)
+                return squares
+            _add(vector[first:last], residual[first:last], total[first:last])
+        return squares
     if residual.size:
-        return _add(vector[start:stop], residual[start:stop], total[start:stop])
+        return squares + _add(vector[start:stop], residual[start:stop], total[start:stop])
     if total.ctypes.data == vector.ctypes.data:
-        return magnitudes(vector[start:stop])[1]
-    return _copy(vector[start:stop], total[start:stop])
+        return squares + magnitudes(vector[start:stop])[1]
+    return squares + _copy(vector[start:stop], total[start:stop])
+
+
+def _finite(squares: list[float], parts: list[Span], vector: Floats, residual: Floats | None, total: Floats) -> float:
+    """The sum of the squares of all spans; if it is not finite, a residual that was written is restored."""
+    everything = float(sum(squares))
+    if not np.isfinite(everything) and residual is not None and np.shares_memory(total, residual):
+        for (start, stop), own in zip(parts, squares, strict=True):
+            if np.isfinite(own):  # else the kernel has done it
+                _take_back(vector, total, start, stop)
+    return everything
 
 
 @njit(cache=True, nogil=True)
@@ -117,7 +155,9 @@ def _scan(vector, residual, total, start, stop, threshold, found, values):  # ty
     count, squares = 0, 0.0
     for first in range(start, stop, BLOCK):
         last = min(first + BLOCK, stop)
-        squares += _fill(vector, residual, total, first, last)
+        squares = _fill(vector, residual, total, start, first, last, squares)
+        if not np.isfinite(squares):
+            break
         if count <= found.size - 2 * BLOCK:
             count = _collect(total, first, last, threshold, found, values, count)
         else:
@@ -235,14 +275,15 @@ def top_k(vector: Floats, residual: Floats | None, total: Floats, k: int) -> Pic
     Args:
         vector: shape ``(n,)``, float32 or float64.
         residual: the same, or None for zeros.
-        total: receives ``vector + residual``; may be ``vector`` itself if there is no residual.
+        total: receives ``vector + residual``; may be the residual, or ``vector`` itself if there is none. A
+            residual that it overwrites is restored, to rounding, if the sum is not finite.
         k: at least 1 and at most ``n``.
     """
     n = vector.size
     added = vector[:0] if residual is None else residual
     threshold = _threshold(vector, added, k) if n >= SMALL else 0.0
     if threshold > 0.0:
-        found, values, squares = _candidates(vector, added, total, threshold, 2 * k + SAMPLE)
+        found, values, squares = _candidates(vector, residual, total, threshold, 2 * k + SAMPLE)
     else:
         found, values, squares = None, total, fill(vector, residual, total)
     if not np.isfinite(squares):
@@ -271,14 +312,13 @@ def _scratch(use: str, size: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 
 
 def _candidates(
-    vector: Floats, added: Floats, total: Floats, threshold: float, room: int
+    vector: Floats, residual: Floats | None, total: Floats, threshold: float, room: int
 ) -> tuple[Indices | None, Floats, float]:
     """Places and values of what reaches the threshold, or None if that is more than ``room``.
 
     They lie in this thread's scratch memory, until the next call.
     """
-    level = total.dtype.type(threshold)
-
+    added, level = vector[:0] if residual is None else residual, total.dtype.type(threshold)
     parts_of = spans(vector.size, BLOCK)
     size = min(parts_of[0][1], room) + 2 * BLOCK
     places = _scratch("places", size * len(parts_of), np.dtype(np.int64)).reshape(-1, size)
@@ -290,7 +330,7 @@ def _candidates(
         return places[row, :count], kept[row, :count], squares, count > size - BLOCK
 
     parts = over(parts_of, scan)
-    squares = sum(part[2] for part in parts)
+    squares = _finite([part[2] for part in parts], parts_of, vector, residual, total)
     if any(part[3] for part in parts):
         return None, total, squares
     if len(parts) == 1:
@@ -300,8 +340,9 @@ def _candidates(
 
 def fill(vector: Floats, residual: Floats | None, total: Floats) -> float:
     """Write ``vector + residual`` to ``total`` (which may be ``vector``) and return its sum of squares."""
-    added = vector[:0] if residual is None else residual
-    return float(sum(over(spans(vector.size, BLOCK), lambda start, stop: _fill(vector, added, total, start, stop))))
+    added, parts = vector[:0] if residual is None else residual, spans(vector.size, BLOCK)
+    squares = over(parts, lambda start, stop: _fill(vector, added, total, start, start, stop, 0.0))
+    return _finite(squares, parts, vector, residual, total)
 
 
 def squares(values: Floats) -> float:
@@ -311,8 +352,7 @@ def squares(values: Floats) -> float:
 
 def at_least(vector: Floats, residual: Floats | None, total: Floats, threshold: float) -> Picked:
     """All elements of ``vector + residual`` whose magnitude reaches the threshold, zeros never; as ``top_k``."""
-    added = vector[:0] if residual is None else residual
-    found, values, squares = _candidates(vector, added, total, threshold, vector.size // SHARE)
+    found, values, squares = _candidates(vector, residual, total, threshold, vector.size // SHARE)
     if found is None:
         found = np.flatnonzero(np.abs(total) >= total.dtype.type(threshold))
         values = total[found]
@@ -329,7 +369,9 @@ def _block_top_k(vector, residual, total, start, stop, block, k, k_last, shrink,
     for first in range(start, stop, block):
         last = min(first + block, stop)
         want = k if last - first == block else k_last
-        squares += _fill(vector, residual, total, first, last)
+        squares = _fill(vector, residual, total, start, first, last, squares)
+        if not np.isfinite(squares):
+            break
         met = _collect(total, first, last, guess, places, values, 0)
         if met < want:
             met = _collect(total, first, last, shrink - shrink, places, values, 0)
@@ -357,6 +399,7 @@ def block_top_k(vector: Floats, residual: Floats | None, total: Floats, block: i
         )
         return found[:count], kept[:count], squares
 
-    parts = over(spans(vector.size, block), scan)
-    squares = sum(part[2] for part in parts)
+    parts_of = spans(vector.size, block)
+    parts = over(parts_of, scan)
+    squares = _finite([part[2] for part in parts], parts_of, vector, residual, total)
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]), squares

@@ -71,15 +71,14 @@ def extent(values: Tensor) -> Extent:
 
 
 def histogram(values: Tensor, shift: int, bottom: int, bins: int) -> tuple[npt.NDArray[np.int64], Floats]:
-    """See ``Kernels``. The sums are taken from the bins' middles, since those of atomics depend on their order."""
+    """See ``Kernels``. Sums are counts times the bins' middles, since those of atomics depend on their order."""
     places = ((_bits(values) >> shift) - bottom).clamp(min=0)
     counts = torch.bincount(places, minlength=bins).cpu().numpy()
     bits = torch.arange(bottom, bottom + bins + 1, dtype=_bits(values[:0]).dtype) << shift
     edges = bits.view(values.dtype).double().clamp(max=torch.finfo(values.dtype).max).numpy()
-    middles = (edges[:-1] + edges[1:]) / 2
-    if bottom:
-        middles[0] /= 2  # reaches down to zero
-    return counts, counts * middles
+    sums = counts * (edges[:-1] + edges[1:]) / 2
+    sums[0] = float((values.abs() * (places == 0)).sum(dtype=torch.float64))  # with all that is smaller
+    return counts, sums
 
 
 def by_cell(values: Tensor, shift: int, bottom: int, cells: U8, half: int) -> Tensor:

@@ -302,18 +302,20 @@ def settle(
     return sum(p[0] for p in parts), sum(p[1] for p in parts)
 
 
-def add(out: Floats, symbols: U8, numbers: Numbers, indices: Indices | None, sign: int) -> None:
-    """``out[indices] += sign * numbers``, everywhere if there are no indices.
+def add(out: Floats, symbols: U8, numbers: Numbers, indices: Indices | None, sign: int, part: slice) -> None:
+    """``out[indices] += sign * numbers`` for a part of the symbols; everywhere if there are no indices.
 
     Each number is rounded to the dtype of ``out`` first: exact, since that is not narrower.
     """
     table = numbers.table.astype(out.dtype) * out.dtype.type(sign)
     scales, bucket = numbers.scales.astype(out.dtype, copy=False), numbers.bucket
+    begin, end, _ = part.indices(symbols.size)
 
     def write(a: int, b: int) -> None:
+        a, b = begin + a, begin + b
         if indices is None:
             _add_all(out[a:b], symbols[a:b], a, table, scales, bucket)
         else:
             _add_at(out, symbols[a:b], a, table, scales, bucket, indices[a:b])
 
-    over(spans(symbols.size, GRAIN), write)
+    over(spans(end - begin, GRAIN), write)

@@ -24,9 +24,9 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="kernel")
 
 
-def spans(size: int, grain: int) -> list[Span]:
-    """``range(size)`` cut into one span a thread, each but the last a multiple of ``grain``."""
-    threads = min(torch.get_num_threads(), max(1, size // WORTH))
+def spans(size: int, grain: int, worth: int = WORTH) -> list[Span]:
+    """``range(size)`` cut into one span a thread, each but the last a multiple of ``grain``, none below ``worth``."""
+    threads = min(torch.get_num_threads(), max(1, size // worth))
     step = max(1, -(-size // (threads * grain))) * grain
     return [(start, min(start + step, size)) for start in range(0, size, step)] or [(0, 0)]
 

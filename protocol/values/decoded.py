@@ -21,6 +21,8 @@ U8 = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.floating[Any]]
 Indices = npt.NDArray[np.int64]
 
+ALL = slice(None)
+
 
 @dataclass(frozen=True)
 class Symbols:
@@ -54,14 +56,17 @@ class Symbols:
         """The values in one array."""
         return self._part(0, len(self))
 
-    def add_to(self, out: Floats, indices: Indices | None, sign: int) -> None:
-        """``out[indices] += sign * values``, each rounded to out's dtype first; everywhere without indices."""
+    def add_to(self, out: Floats, indices: Indices | None, sign: int, part: slice = ALL) -> None:
+        """``out[indices] += sign * values`` for a part of them, each rounded to out's dtype first.
+
+        Without indices, everywhere.
+        """
         if self.numbers.scales.size == 1 or out.dtype == self.dtype:
-            quantise.add(out, self.symbols, self.numbers, indices, sign)
+            quantise.add(out, self.symbols, self.numbers, indices, sign, part)
             return
-        for start, values in self.pieces():  # each product is rounded to the message's own width
-            places = np.arange(start, start + values.size) if indices is None else indices[start : start + values.size]
-            cpu.add_at(out, places, values.astype(out.dtype) * out.dtype.type(sign))
+        first, last, _ = part.indices(len(self))
+        values = self._part(first, last).astype(out.dtype) * out.dtype.type(sign)  # rounded in the message's width
+        cpu.add_at(out, np.arange(first, last) if indices is None else indices[first:last], values)
 
     def add_on_device(self, out: Tensor, indices: Tensor | None, sign: int) -> None:
         """``add_to`` on a GPU, if there is one scale: symbols travel there, one byte each."""
@@ -104,12 +109,14 @@ class Narrowed:
             raise DecodeError("the segment holds values that are not finite")
         return self
 
-    def add_to(self, out: Floats, indices: Indices | None, sign: int) -> None:
+    def add_to(self, out: Floats, indices: Indices | None, sign: int, part: slice = ALL) -> None:
         """As ``Symbols.add_to``."""
-        for start, values in self.pieces():
-            values = values.astype(out.dtype, copy=False)
+        begin, end, _ = part.indices(len(self))
+        for start in range(begin, end, PIECE):
+            stop = min(start + PIECE, end)
+            values = self._part(start, stop).astype(out.dtype, copy=False)
             if indices is None:
-                part = out[start : start + values.size]
-                np.add(part, values, out=part) if sign > 0 else np.subtract(part, values, out=part)
+                into = out[start:stop]
+                np.add(into, values, out=into) if sign > 0 else np.subtract(into, values, out=into)
             else:
-                cpu.add_at(out, indices[start : start + values.size], values if sign > 0 else -values)
+                cpu.add_at(out, indices[start:stop], values if sign > 0 else -values)

@@ -21,7 +21,7 @@ import numpy as np
 from protocol.errors import DecodeError
 from protocol.kernels import kernels_of
 from protocol.kernels.numbers import Numbers
-from protocol.values.cells import BINS, FINE, OCTAVES, partition
+from protocol.values.cells import BIN_BITS, BIN_RATIO, OCTAVES, partition
 from protocol.values.code import U8, Floats, Quantised, as_bytes, take
 
 
@@ -44,12 +44,20 @@ def _from_halves(data: U8, dtype: np.dtype[Any]) -> Floats:
     return numbers
 
 
-def _pack(knots: Floats) -> tuple[bytes, Floats]:
-    """The head, and the knots as they will be received: a single one whole, several by their upper halves."""
-    if knots.size == 1:
-        return bytes([1]) + knots.tobytes(), knots
+def _pack(knots: Floats, whole: bool) -> tuple[bytes, Floats]:
+    """The head, and the knots as they will be received. A single one is whole in any case."""
+    if whole or knots.size == 1:
+        return bytes([knots.size]) + knots.tobytes(), knots
     halves = _halves(knots)
     return bytes([knots.size]) + halves.tobytes(), _from_halves(halves, knots.dtype)
+
+
+def _edges(top: int, bottom: int, shift: int, dtype: np.dtype[Any]) -> Floats:
+    """Of the bins, float64, as far as numbers are finite."""
+    bits = np.arange(bottom, top + 2, dtype=_bits_of(dtype)) << shift
+    largest = np.array(np.finfo(dtype).max).view(bits.dtype)
+    edges: Floats = np.minimum(bits, largest).view(dtype).astype(np.float64)
+    return edges
 
 
 def _table(levels: Floats, half: int) -> Numbers:
@@ -72,8 +80,8 @@ def _worst(ratio: float, count: int) -> float:
 class Grid:
     """``1 << (bits - 1)`` magnitudes and a sign.
 
-    On the wire: the number of knots that travel (one byte), then they: a single one whole, which means
-    that all magnitudes are equal, several by the upper halves of their bits.
+    On the wire: the number of knots that travel (one byte), then they: by the upper halves of their bits
+    where knots are magnitudes and there are several, else whole. A single knot is the only magnitude.
     """
 
     name: str
@@ -97,7 +105,7 @@ class Grid:
     def delta(self, count: int) -> float:
         """Of the partition into cells of equal ratio, than which the best one is not worse."""
         cells = self._half // self.fine
-        ratio = 2.0 ** (OCTAVES / cells + 2.0**-FINE)
+        ratio = 2.0 ** (OCTAVES / cells) * BIN_RATIO
         if self.fine == 1:
             return _worst(ratio, count)
         # half a step is at most (ratio - 1) / (2 * fine) of the smallest magnitude in its cell
@@ -110,14 +118,17 @@ class Grid:
         extent = kernels.extent(values)
         dtype = kernels.dtype_of(values)
         if extent.low == extent.high:
-            head, level = _pack(np.array([extent.low], dtype))
+            head, level = _pack(np.array([extent.low], dtype), whole=True)
             symbols = kernels.negative(values) * np.uint8(self._half)
             return Quantised(head, self.base, symbols, self._numbers(level))
-        shift = np.finfo(dtype).nmant - FINE
-        top = int(np.array(extent.high, dtype).view(_bits_of(dtype))) >> shift
-        bottom = max(0, top - BINS + 1)
+        least = max(extent.low, extent.high * 2.0**-OCTAVES)
+        lowest, highest = (int(np.array(x, dtype).view(_bits_of(dtype))) for x in (least, extent.high))
+        shift = max(0, (highest - lowest).bit_length() - BIN_BITS)
+        bottom, top = lowest >> shift, highest >> shift
         counts, sums = kernels.histogram(values, shift, bottom, top - bottom + 1)
-        edges = self._edges(top, bottom, shift, dtype)
+        edges = _edges(top, bottom, shift, dtype)
+        if extent.low < least:
+            edges[0] = 0.0  # the lowest bin takes all that is smaller
         borders = partition(int(self.fine > 1), counts, sums, edges, self._half // self.fine)
         cells = np.repeat(np.arange(len(borders) - 1, dtype=np.uint8), np.diff(borders))
         knots: Floats
@@ -128,16 +139,8 @@ class Grid:
             borders[0] = int(np.flatnonzero(counts)[0])  # no step below the smallest magnitude
             knots = edges[borders]
             symbols = kernels.by_knot(values, shift, bottom, cells, knots.astype(dtype), self.fine, self._half)
-        head, received = _pack(knots.astype(dtype))
+        head, received = _pack(knots.astype(dtype), whole=self.fine > 1)
         return Quantised(head, self.base, symbols, self._numbers(received))
-
-    def _edges(self, top: int, bottom: int, shift: int, dtype: np.dtype[Any]) -> Floats:
-        """Of the bins, as far as numbers are finite; bin 0 reaches down to zero."""
-        bits = np.arange(bottom, top + 2, dtype=_bits_of(dtype)) << shift
-        largest = np.array(np.finfo(dtype).max).view(bits.dtype)
-        edges: Floats = np.minimum(bits, largest).view(dtype).astype(np.float64)
-        edges[0] = 0.0
-        return edges
 
     def _numbers(self, knots: Floats) -> Numbers:
         if self.fine == 1 or knots.size == 1:
@@ -152,9 +155,9 @@ class Grid:
         most = self._half if self.fine == 1 else self._half // self.fine + 1
         if not 1 <= number[0] <= most:
             raise DecodeError(f"the segment's grid has {number[0]} knots; valid are 1 to {most}")
-        one = number[0] == 1
-        raw, at = take(data, at, dtype.itemsize if one else int(number[0]) * dtype.itemsize // 2)
-        knots: Floats = np.frombuffer(raw.tobytes(), dtype) if one else _from_halves(raw, dtype)
+        whole = number[0] == 1 or self.fine > 1
+        raw, at = take(data, at, int(number[0]) * dtype.itemsize // (1 if whole else 2))
+        knots: Floats = np.frombuffer(raw.tobytes(), dtype) if whole else _from_halves(raw, dtype)
         if np.signbit(knots).any() or not np.isfinite(knots).all() or (np.diff(knots) < 0).any():
             raise DecodeError("the segment's grid of magnitudes is negative, not finite, or does not ascend")
         return self.base, self._numbers(knots), at

@@ -17,6 +17,7 @@ def test_every_setting_but_train_has_a_default():
     assert (settings.rounds, settings.seed, settings.backend, settings.send) == (400, 0, "ray", "difference")
     assert settings.feedback.kind == "saef"
     assert settings.uplink == settings.downlink == "topk:0.01+int4"
+    assert settings.workers.residual == settings.server.residual == "float32"
     assert (settings.metrics.host, settings.metrics.port) == ("127.0.0.1", 9464)
 
 
@@ -56,14 +57,16 @@ def test_a_number_in_scientific_notation_is_a_number(tmp_path):
         ("workers.gpus=2", ["workers.gpus", "2"]),
         ("uplink=topk:0", ["uplink", "topk:0", "above 0 and at most 1"]),
         ("uplink=topk:1.5", ["uplink", "1.5", "above 0 and at most 1"]),
-        ("downlink=tpok:0.1", ["downlink", "tpok", "topk:RATIO"]),
-        ("uplink=int4", ["uplink", "int4", "selection"]),
+        ("downlink=tpok:0.1", ["downlink", "tpok", "topk"]),
+        ("uplink=int4+topk:0.1", ["uplink", "topk", "the order is"]),
         ("overrides={w: nope}", ["overrides.w", "nope"]),
         ("feedback.average=nope", ["feedback.average", "nope"]),
         ("train=nofunction", ["train", "nofunction", "MODULE:FUNCTION"]),
         ("backend=spark", ["backend", "spark", "ray"]),
         ("metrics.port=70000", ["metrics.port", "70000"]),
         ("server.mode=async", ["server.mode", "async", "sync"]),
+        ("workers.residual=float16", ["workers.residual", "float16", "float32", "bfloat16", "int8", "sparse"]),
+        ("server.residual=none", ["server.residual", "none", "float32", "bfloat16", "int8", "sparse"]),
         ("server.shards=2", ["server.shards", "2"]),
         ("server.optimizer.kind=torch.optim.Nope", ["torch.optim.Nope", "torch.optim.SGD"]),
         ("server.optimizer.lr=1", ["server.optimizer", "lr", "sum"]),

@@ -1,4 +1,4 @@
-"""The CPU kernel answers what the plain torch reference answers, however its sample misleads it."""
+"""The CPU kernels answer what a plain reference answers, however a sample misleads them."""
 
 import math
 
@@ -9,6 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.kernels import cpu, reference
+from protocol.kernels.permutation import chosen
+from protocol.kernels.product import Product
+from protocol.kernels.threads import WORTH
 
 LONG = 4 * cpu.SAMPLE + 12_345  # long enough that the threshold comes from a sample
 DTYPES = (np.float32, np.float64)
@@ -25,17 +28,17 @@ def one_thread():
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Threshold, number of candidates and room for them of each pass over the data.
+    """Threshold and number of candidates of each pass with a sampled threshold; None if they were too many.
 
-    Fewer candidates than ``k``, or more than there is room for, are of no use: if the answer is right
-    all the same, every element was made a candidate.
+    Fewer candidates than ``k``, or too many, are of no use: if the answer is right all the same, every
+    element was made a candidate.
     """
     seen, real = [], cpu._candidates
 
-    def spied(vector, added, total, threshold, room):
-        found, values, count, squares = real(vector, added, total, threshold, room)
-        seen.append((threshold, count, room))
-        return found, values, count, squares
+    def spied(*args):
+        answer = real(*args)
+        seen.append((args[3], None if answer[0] is None else answer[0].size))
+        return answer
 
     monkeypatch.setattr(cpu, "_candidates", spied)
     return seen
@@ -143,15 +146,14 @@ def test_the_kernel_agrees_with_the_reference_on_short_vectors(n, seed, grid, dt
 
 def test_a_long_vector_takes_one_pass_with_a_sampled_threshold(passes):
     check(random(LONG).astype(np.float32), None, 2_600)
-    ((threshold, count, room),) = passes
+    ((threshold, count),) = passes
     assert threshold > 0.0
-    assert 2_600 <= count <= room < LONG
+    assert 2_600 <= count < LONG // 10
 
 
-def test_a_short_vector_takes_one_pass_with_every_element_a_candidate(passes):
-    short = cpu.SHARE * cpu.BLOCK // 4 - 1
-    check(random(short).astype(np.float32), None, short // 100)
-    assert passes == [(0.0, short, short)]
+def test_a_short_vector_needs_no_sample(passes):
+    check(random(cpu.SMALL - 1).astype(np.float32), None, cpu.SMALL // 100)
+    assert not passes
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
@@ -161,7 +163,7 @@ def test_a_sample_that_finds_too_few_candidates_makes_every_element_one(passes, 
     vector = np.abs(random(LONG)) % 1.0
     vector[sampled(LONG, k)] += 10.0  # all that the sample sees is large, and there is not enough of it
     check(vector.astype(dtype), uniform(LONG).astype(dtype) if with_residual else None, k)
-    ((threshold, count, _),) = passes
+    ((threshold, count),) = passes
     assert threshold > 2.0
     assert count < k
 
@@ -173,33 +175,118 @@ def test_a_sample_that_finds_too_many_candidates_makes_every_element_one(passes,
     vector = 10.0 + np.abs(random(LONG))
     vector[sampled(LONG, k)] = 0.5  # all that the sample sees is small
     check(vector.astype(dtype), uniform(LONG).astype(dtype) if with_residual else None, k)
-    ((threshold, count, room),) = passes
+    ((threshold, count),) = passes
     assert 0.0 < threshold < 2.0
-    assert room < count <= room + cpu.BLOCK
+    assert count is None
 
 
 def test_a_sample_that_sees_only_zeros_makes_every_element_a_candidate(passes):
     vector = few(LONG).astype(np.float32)
     vector[sampled(LONG, 2)] = 0.0
     check(vector, None, 2)
-    assert passes == [(0.0, LONG, LONG)]
+    assert not passes
 
 
-def test_a_count_that_just_fits_is_not_taken_for_too_many(passes):
-    k = 100
-    room = 2 * k + cpu.SAMPLE
-    vector = np.where(np.arange(LONG) < room, 1.0, 0.25).astype(np.float32)
-    check(vector, None, k)
-    assert passes == [(1.0, room, room)]
+@pytest.mark.parametrize("more", [-1, 0, 1, cpu.BLOCK - 1, cpu.BLOCK, cpu.BLOCK + 1, 2 * cpu.BLOCK])
+def test_candidates_that_fill_the_room_are_all_found_or_none(passes, more):
+    """As many of one magnitude as there is room for, and one that is larger at the very end."""
+    k, n = 100, 8 * cpu.SAMPLE
+    vector = np.where(np.arange(n) < 2 * k + cpu.SAMPLE + more, 1.0, 0.25).astype(np.float32)
+    vector[-1] = 2.0
+    assert n - 1 in check(vector, None, k)
+    ((threshold, _),) = passes
+    assert threshold == 1.0
 
 
-def test_candidates_that_fill_the_room_are_not_taken_for_all_of_them(passes):
-    k = 100
-    room = 2 * k + cpu.SAMPLE
-    vector = np.where(np.arange(LONG) < room, 1.0, 0.25).astype(np.float32)
-    vector[-1] = 2.0  # found when the room is full
-    assert LONG - 1 in check(vector, None, k)
-    assert passes == [(1.0, room + 1, room)]
+def test_two_threads_find_what_one_finds(passes):
+    n = 2 * WORTH + 77
+    vector = np.tile(random(1 << 16), n // (1 << 16) + 1)[:n].astype(np.float32)
+    torch.set_num_threads(2)
+    try:
+        check(vector, None, n // 100)
+        check(vector, vector[::-1].copy(), n // 100)
+    finally:
+        torch.set_num_threads(1)
+    assert all(count is not None and count >= n // 100 for _, count in passes)
+
+
+# --- the other selections
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "block"), [(n, block) for n in (1, 63, 64, 65, 300) for block in (1, 5, 64, 100)] + [(40_017, 4096)]
+)
+def test_the_largest_of_each_block_are_those_of_the_reference(n, block, dtype):
+    for make in INPUTS.values():
+        vector = make(max(n, 6))[:n].astype(dtype)
+        k, last = max(1, block // 10), n % block
+        k_last = max(1, last // 3) if last else k
+        indices, values, squares = cpu.block_top_k(vector, None, vector, block, k, k_last)
+        expected = []
+        for start in range(0, n, block):
+            part = torch.from_numpy(vector[start : start + block])
+            expected += (start + reference.top_k(part, None, part, k if len(part) == block else k_last)[0]).tolist()
+        assert indices.tolist() == expected
+        assert np.array_equal(values, vector[indices])
+        assert squares == pytest.approx(float(np.square(vector.astype(np.float64)).sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 63, 64, 65, cpu.BLOCK + 1, LONG])
+def test_all_that_reach_a_threshold_are_found(n, dtype):
+    for make in INPUTS.values():
+        vector = make(max(n, 6))[:n].astype(dtype)
+        residual = np.roll(vector, 3)
+        for level in (1e-3, 0.25, 1.0, 1e20):
+            total = np.full_like(vector, np.nan)
+            indices, values, squares = cpu.at_least(vector, residual, total, level)
+            assert np.array_equal(total, vector + residual)
+            assert np.array_equal(indices, np.flatnonzero(np.abs(total) >= dtype(level)))
+            assert np.array_equal(values, total[indices])
+            assert squares == pytest.approx(float(np.square(total.astype(np.float64)).sum()), rel=1e-9)
+
+
+def test_a_random_choice_is_of_distinct_elements_in_order():
+    for numel in (1, 2, 3, 5, 255, 256, 257, 1000, 70_000):
+        for count in {1, numel // 2, numel} - {0}:
+            indices = chosen(numel, count, numel)
+            assert indices.size == count
+            assert indices[0] >= 0
+            assert indices[-1] < numel
+            assert np.all(np.diff(indices) > 0)
+
+
+def test_the_elements_of_a_smaller_choice_are_among_those_of_a_larger_one():
+    assert set(chosen(5, 10, 1000)) < set(chosen(5, 100, 1000))
+
+
+# --- products
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 20),
+    columns=st.integers(1, 20),
+    rank=st.integers(1, 5),
+    seed=st.integers(0, 2**32),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_a_product_rounds_every_product_and_every_sum_in_order(rows, columns, rank, seed, dtype):
+    random = np.random.default_rng(seed)
+    left, right = random.normal(size=(rows, rank)).astype(dtype), random.normal(size=(rank, columns)).astype(dtype)
+    expected = np.zeros((rows, columns), dtype)
+    for r in range(rank):
+        step = left[:, r : r + 1] * right[r]
+        expected = step if r == 0 else expected + step
+    product = Product(left, right)
+    assert len(product) == rows * columns
+    assert np.array_equal(product.array(), expected.reshape(-1))
+    assert np.array_equal(np.concatenate([values for _, values in product.pieces()]), expected.reshape(-1))
+    out = random.normal(size=rows * columns)
+    added = out.copy()
+    product.add_to(added, None, -1)
+    assert np.array_equal(added, out - expected.reshape(-1).astype(np.float64))
 
 
 # --- what is not finite

@@ -6,8 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protocol.forms import Rounding
 from protocol.ledger import COLUMNS, Ledger, sketch, sketch_update
+from protocol.segment import exact
 from protocol.update import Update
+from protocol.values.decoded import Narrowed
 
 laws = settings(deadline=None, max_examples=100)
 offsets = st.integers(0, 3 * COLUMNS) | st.integers(0, 2**40)
@@ -18,6 +21,10 @@ seeds = st.integers(0, 2**32)
 def whole_numbers(seed, numel, dtype=torch.float64):
     """Small enough that every sum of them is exact."""
     return torch.randint(-1000, 1000, (numel,), generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def coded(values):
+    return Narrowed(values.view(np.uint8), exact(values.dtype), values.dtype)
 
 
 @laws
@@ -40,8 +47,8 @@ def test_the_sketches_of_two_parts_add_up_to_that_of_the_whole(first, second, st
 def test_a_sparse_update_has_the_sketch_of_its_dense_form(numel, start, seed, dtype, density):
     values = whole_numbers(seed, numel, dtype)
     chosen = torch.rand(numel, generator=torch.Generator().manual_seed(seed)) < density
-    sparse = Update(numel, chosen.nonzero()[:, 0].numpy(), values[chosen].numpy())
-    dense = Update(numel, None, torch.where(chosen, values, 0).numpy())
+    sparse = Update(numel, chosen.nonzero()[:, 0].numpy(), coded(values[chosen].numpy()))
+    dense = Update(numel, None, coded(torch.where(chosen, values, 0).numpy()))
     assert np.array_equal(sketch_update(sparse, start), sketch_update(dense, start))
     assert np.array_equal(sketch_update(sparse, start), sketch(sparse.dense(), start))
 
@@ -86,14 +93,24 @@ def test_it_is_so_for_one_fixed_vector_too_over_the_signs_of_many_offsets():
 
 
 def test_an_empty_ledger_balances():
-    assert Ledger().error(torch.zeros(5)) == 0.0
+    assert Ledger().error(sketch(torch.zeros(5))) == 0.0
 
 
 def test_the_error_is_the_imbalance_in_units_of_rounding():
     ledger = Ledger()
     given_, sent, dropped = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([0.0, 4.0, 0.0]), torch.tensor([1.0, 0.0, 0.0])
     ledger.enter(sketch(given_), sketch(sent), sketch(dropped), 5.0)
-    assert ledger.error(torch.tensor([2.0, 0.0, 0.0])) == 0.0
-    assert ledger.error(torch.tensor([2.0, 0.0, 0.5])) == pytest.approx(0.5 / (2.0**-24 * 5))
+    assert ledger.error(sketch(torch.tensor([2.0, 0.0, 0.0]))) == 0.0
+    assert ledger.error(sketch(torch.tensor([2.0, 0.0, 0.5]))) == pytest.approx(0.5 / (2.0**-24 * 5))
     ledger.enter(sketch(torch.zeros(3)), sketch(torch.zeros(3)), None, 15.0)
-    assert ledger.error(torch.tensor([2.0, 0.0, 0.5])) == pytest.approx(0.5 / (2.0**-24 * 20))
+    assert ledger.error(sketch(torch.tensor([2.0, 0.0, 0.5]))) == pytest.approx(0.5 / (2.0**-24 * 20))
+
+
+def test_what_is_rounded_off_is_not_missing_but_must_be_noise():
+    ledger, nothing = Ledger(), sketch(torch.zeros(3))
+    ledger.enter(sketch(torch.tensor([3.0, 4.0, 0.0])), nothing, None, 5.0, Rounding(sketch(torch.ones(3)), 2.0))
+    assert ledger.error(sketch(torch.tensor([2.0, 3.0, -1.0]))) == pytest.approx((3 / 2) ** 0.5)
+    assert ledger.error(sketch(torch.tensor([2.0, 3.0, -0.5]))) == pytest.approx(0.5 / (2.0**-24 * 5))
+    for _ in range(99):  # always the same: no noise
+        ledger.enter(sketch(torch.ones(3)), nothing, None, 5.0, Rounding(sketch(torch.ones(3)), 2.0))
+    assert ledger.error(sketch(torch.tensor([2.0, 3.0, -1.0]))) == pytest.approx(10 * (3 / 2) ** 0.5)

@@ -64,6 +64,13 @@ def test_a_long_vector_is_refused_as_well(spec, bad, many):
     refused(spec, vector, residual, None)
 
 
+@pytest.mark.parametrize("good", range(16))
+def test_a_block_with_few_numbers_among_nan_is_refused_as_well(good):
+    vector = torch.full((16,), math.nan)
+    vector[:good] = 1.0
+    refused("blocktopk:0.3,block=16", vector, torch.zeros(16), None)
+
+
 @every_spec
 def test_opposite_infinities_do_not_cancel(spec):
     vector, residual = torch.full((N,), math.inf), torch.full((N,), -math.inf)

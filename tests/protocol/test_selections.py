@@ -99,12 +99,9 @@ def test_a_block_beyond_the_vector_is_the_whole_vector(block):
 @pytest.mark.parametrize("values", ["none", "f64", "f32+entropy"])
 @pytest.mark.parametrize("level", [1e-300, 1e-60, 1e-30, 0.1, 1 / 3, 1.0, 3.5, 1e30, 1e300])
 def test_nothing_that_is_left_is_above_the_threshold(level, values, dtype):
-    vector = torch.from_numpy(np.round(np.random.default_rng(0).normal(size=1000), 1)).to(dtype).clone()
-    vector[3], vector[4] = level, 0.0
-    if not torch.isfinite(vector).all():
-        vector[3] = 1.0
-    elif values.startswith("f32") and dtype == torch.float64:
-        vector = vector.float().double()
+    vector = torch.from_numpy(np.round(np.random.default_rng(0).normal(size=1000), 1)).float()
+    vector[3], vector[4] = level if level < 1e38 else 1e38, 0.0
+    vector = vector.to(dtype)
     found, left = places(f"threshold:{level!r}".replace("+", "") + f"+{values}", vector)
     assert float(left.abs().max()) <= level
     assert not left[found].any()
@@ -133,10 +130,10 @@ def test_a_random_choice_depends_on_key_and_size_alone(vector, other, ratio, key
     assert not left[found].any()
 
 
-@pytest.mark.parametrize(("numel", "ratio"), [(5, 0.4), (16, 0.25), (17, 0.25), (33, 0.1)])
+@pytest.mark.parametrize(("numel", "ratio"), [(2, 0.5), (5, 0.4), (6, 0.34), (17, 0.25), (33, 0.1)])
 def test_every_element_and_every_pair_is_drawn_as_often(numel, ratio):
     """Over consecutive keys, within five standard deviations."""
-    keys, k = 3000, RandK(ratio).count(numel)
+    keys, k = 4000, RandK(ratio).count(numel)
     drawn = np.zeros((keys, numel))
     for key in range(keys):
         drawn[key, places(f"randk:{ratio}", torch.ones(numel), key=key)[0]] = 1

@@ -24,26 +24,35 @@ BIASED = (
 )
 SHAPE = (6, 5)
 N = math.prod(SHAPE)
-KEYS = 1500
+KEYS = 400
 SIGMAS = 5.0
+SEEN = 20  # times that a coordinate was sent at all; with fewer, no error of its mean is normal
 
 random = np.random.default_rng(1)
 VECTORS = {
-    "heavy tail": random.normal(size=N) ** 3,
-    "spike": np.where(np.arange(N) == 7, 1.0, 1e-3 * random.normal(size=N)),
-    "flat": random.choice([-1.0, 1.0], N) * 0.7,
-    "octaves": 2.0 ** -random.uniform(0, 20, N),
-    "sparse": np.where(np.arange(N) % 3 == 0, random.normal(size=N), 0.0),
+    "moderate": random.uniform(0.3, 1.0, N) * random.choice([-1.0, 0.0, 1.0], N, p=[0.45, 0.1, 0.45]),
+    "twenty octaves": 2.0 ** -random.uniform(0, 20, N),
 }
+
+PEAK = {"peak": np.where(np.arange(N) == 0, 1.0, 1 / (1 + math.sqrt(N)))}  # what ternary likes least
 
 every_unbiased = pytest.mark.parametrize("spec", UNBIASED)
 every_vector = pytest.mark.parametrize("name", VECTORS)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other on a busy machine would take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @cache
 def samples(spec, name, kept):
     """The vector, what was sent of it with each key, shape ``(KEYS, N)``, and what was left of it."""
-    vector = torch.from_numpy(VECTORS[name].astype(np.float32))
+    vector = torch.from_numpy((VECTORS | PEAK)[name].astype(np.float32))
     c, sent, left = compressor(spec, SHAPE), np.empty((KEYS, N)), np.empty((KEYS, N))
     for key in range(KEYS):
         out = torch.empty_like(vector) if kept else None
@@ -62,27 +71,19 @@ def mean_at_most(values, bound):
     return values.mean() <= bound * (1 + 1e-6) + SIGMAS * standard_error(values)
 
 
-@every_vector
 @every_unbiased
-def test_the_expectation_is_the_vector(spec, name):
-    vector, sent, _ = samples(spec, name, kept=False)
-    near = SIGMAS * standard_error(sent) + 1e-6 * np.abs(vector) + 1e-12
-    seen = (sent != 0).sum(axis=0) >= 25  # fewer, and no error is normal
-    assert np.all(np.abs(sent.mean(axis=0) - vector)[seen] <= near[seen])
-    along = sent @ vector  # all coordinates together
-    assert abs(along.mean() - vector @ vector) <= SIGMAS * standard_error(along) + 1e-6 * (vector @ vector)
-
-
-@every_vector
-@every_unbiased
-def test_coordinates_err_independently_of_their_size(spec, name):
-    """The squares of the errors of the means, in units of their variance, are one on average."""
-    vector, sent, _ = samples(spec, name, kept=False)
-    error = standard_error(sent)
-    seen = ((sent != 0).sum(axis=0) >= 25) & (error > 1e-6 * np.abs(vector))
-    if seen.sum() >= 10:
-        scores = ((sent.mean(axis=0) - vector)[seen] / error[seen]) ** 2
-        assert 0.1 < scores.mean() < 1 + SIGMAS * math.sqrt(2 / seen.sum()) + (3 if "randk" in spec else 0)
+def test_the_expectation_is_the_vector(spec):
+    vector, sent, _ = samples(spec, "moderate", kept=False)
+    wrong, error = sent.mean(axis=0) - vector, standard_error(sent)
+    seen = (sent != 0).sum(axis=0) >= SEEN
+    assert seen.sum() >= 20 or spec == "randk:0.01"
+    assert np.all(np.abs(wrong)[seen] <= SIGMAS * error[seen] + 1e-6)
+    assert not sent[:, vector == 0].any()
+    certain = error <= 1e-6
+    assert np.square(wrong[~certain] / error[~certain]).mean() <= 2.5 if not certain.all() else True
+    for direction in (vector, np.sign(vector), np.arange(N)):  # coordinates together
+        along = sent @ direction
+        assert abs(along.mean() - vector @ direction) <= SIGMAS * standard_error(along) + 1e-5
 
 
 @every_vector
@@ -113,8 +114,8 @@ def test_a_biased_random_compressor_contracts_in_expectation(spec, name):
 
 @pytest.mark.parametrize("spec", ["randk:0.25", "randk:0.01", "natural", "ternary", "qsgd:4"])
 def test_the_same_key_gives_the_same_up_to_that_scale(spec):
-    vector, sent, _ = samples(spec, "heavy tail", kept=False)
-    _, scaled, _ = samples(spec, "heavy tail", kept=True)
+    vector, sent, _ = samples(spec, "moderate", kept=False)
+    _, scaled, _ = samples(spec, "moderate", kept=True)
     assert np.array_equal(sent != 0, scaled != 0)
     factors = scaled[sent != 0] / sent[sent != 0]
     assert np.allclose(factors, factors[0], rtol=1e-6)
@@ -122,16 +123,16 @@ def test_the_same_key_gives_the_same_up_to_that_scale(spec):
     assert vector.any()
 
 
-def test_random_selection_has_exactly_the_variance_that_it_declares():
-    for spec in ("randk:0.25", "randk:0.5"):
-        vector, _, wrong = samples(spec, "heavy tail", kept=False)
-        squares = (wrong**2).sum(axis=1)
-        assert abs(squares.mean() - compressor(spec).omega(N) * (vector @ vector)) <= SIGMAS * standard_error(squares)
+@pytest.mark.parametrize(("spec", "name"), [("randk:0.25", "moderate"), ("randk:0.5", "moderate"), ("ternary", "peak")])
+def test_in_the_worst_case_the_variance_is_the_declared_one(spec, name):
+    vector, _, wrong = samples(spec, name, kept=False)
+    squares, declared = (wrong**2).sum(axis=1), compressor(spec).omega(N) * (vector @ vector)
+    assert abs(squares.mean() - declared) <= SIGMAS * standard_error(squares) + 1e-6 * declared
 
 
 @every_unbiased
 def test_without_a_residual_the_vector_stays_as_it_is(spec):
-    vector = torch.from_numpy(VECTORS["heavy tail"])
+    vector = torch.from_numpy(VECTORS["moderate"])
     before = vector.clone()
     compressor(spec).encode(vector, (), 3)
     assert torch.equal(vector, before)
@@ -150,7 +151,7 @@ def test_declared_variances_are_those_of_the_papers():
     assert compressor("qsgd:4,bucket=16").omega(1000) == pytest.approx(1.0)  # min(16 / 4**2, sqrt(16) / 4)
     assert compressor("qsgd:16,bucket=64").omega(1000) == pytest.approx(0.25)  # 64 / 16**2
     assert compressor("qsgd:4").omega(512 * 9) == pytest.approx(math.sqrt(512) / 4)
-    assert compressor("ternary").omega(100) == pytest.approx(9)
+    assert compressor("ternary").omega(100) == pytest.approx(4.5)  # (sqrt(100) - 1) / 2
     assert compressor("none").omega(5) == 0
     both = compressor("randk:0.5+natural").omega(100)
     assert 1 + both == pytest.approx(2 * (1 + 1 / 8))

@@ -27,6 +27,7 @@ FEEDBACK = {
     "saef, averaging in topk": {"kind": "saef", "average_every": 3, "average": "topk:0.1+int4"},
 }
 SPECS = ["none", "f32", "bf16", "sign", "topk:0.1", "topk:0.1+bf16", "topk:0.1+int8", "topk:0.1+int4", "topk:0.1+sign"]
+NO_RESIDUAL = ("none", "worker")
 CARRYING = [name for name in FEEDBACK if name != "none"]
 
 sgd = partial(torch.optim.SGD, lr=0.1)
@@ -95,15 +96,107 @@ def test_the_ledgers_balance_with_buffers_and_in_float64(inline):
     assert worst(inline) <= 4
 
 
+def drop(sender):
+    """What the sender owes of its first segment is lost."""
+    memory = sender._residual
+    for number in range(len(sender.layout.segments)):
+        owed = memory.copy(number)
+        memory.stage(number, owed.zero_() if number == 0 else owed, number)
+    memory.adopt()
+
+
+@pytest.mark.parametrize("memory", ["float32", "bfloat16", "int8", "sparse"])
+@pytest.mark.parametrize("who", [None, "worker", "server"])
+def test_the_ledgers_balance_in_every_memory_and_notice_a_lost_segment(inline, memory, who):
+    fired = []
+
+    def each(session, model):
+        if who and session.version == 20 and session.rank == 1:
+            fired.append(session._sender if who == "worker" else inline.server.state.sender)
+            drop(fired[0])
+
+    settings = {
+        "feedback": FEEDBACK["saef, averaging in topk"],
+        "workers": {"count": 3, "residual": memory},
+        "server": {"residual": memory},
+        "uplink": "topk:0.1+int4",
+        "downlink": "topk:0.1+int4",
+    }
+    inline.train(partial(loop, each=each), rounds=40, **settings)
+    assert len(fired) == bool(who)
+    assert (inline.summary["conservation_error"] > 16) == bool(who)
+    for sender in senders(inline):
+        error = sender.conservation_error()
+        assert error > 16 if sender in fired else error <= 4
+
+
+@pytest.mark.parametrize("name", ["ef", "saef, averaging in topk"])
+def test_memories_that_are_exact_give_the_same_model_and_those_that_round_a_similar_one(inline, name):
+    found, reported = {}, {}
+
+    def train(session):
+        model = net(torch.float32)
+        session.prepare(model, sgd(model.parameters()))
+        optimizer = sgd(model.parameters())
+        for x, y in session.batches(DATA, 8):
+            optimizer.zero_grad()
+            loss = mse_loss(model(x.float()), y.float())
+            loss.backward()
+            optimizer.step()
+            session.report(loss=loss)
+
+    for memory in ("float32", "sparse", "bfloat16", "bfloat16", "int8", "int8"):
+        settings = {"workers": {"count": 2, "residual": memory}, "server": {"residual": memory}}
+        inline.train(
+            train, rounds=60, feedback=FEEDBACK[name], uplink="topk:0.05+int4", downlink="topk:0.05+int4", **settings
+        )
+        found.setdefault(memory, set()).add(inline.summary["fingerprint"])
+        reported[memory] = float(np.mean([row["reported"]["loss"] for row in inline.rows[-20:]]))
+    assert {memory: len(prints) for memory, prints in found.items()} == dict.fromkeys(found, 1)
+    assert found["float32"] == found["sparse"]
+    assert len({print_ for prints in found.values() for print_ in prints}) == 3
+    start = inline.rows[0]["reported"]["loss"]
+    for loss in reported.values():
+        assert loss == pytest.approx(reported["float32"], rel=0.02)
+        assert loss < 0.97 * start
+
+
+def test_sparse_memory_of_an_embedding_grows_with_the_rows_that_were_seen(inline):
+    seen, sizes = 40, {}
+    words = TensorDataset(torch.arange(64) % seen * 50, torch.randn(64, 1, generator=torch.Generator().manual_seed(3)))
+
+    def train(session):
+        model = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, 1))
+        optimizer = sgd(model.parameters())
+        session.prepare(model, optimizer)
+        for x, y in session.batches(words, 16):
+            optimizer.zero_grad()
+            mse_loss(model(x), y).backward()
+            optimizer.step()
+
+    for memory in ("float32", "sparse"):
+        settings = {"workers": {"count": 2, "residual": memory}, "server": {"residual": memory}}
+        inline.train(train, rounds=10, uplink="topk:0.001", downlink="topk:0.001", **settings)
+        sizes[memory] = [sender._residual.nbytes for sender in senders(inline)]
+        sizes[memory].append(inline.summary["fingerprint"])
+        assert worst(inline) <= 4
+    assert sizes["float32"].pop() == sizes["sparse"].pop()
+    scratch, rows = 2000 * 64 * 4, seen * 64 * 4
+    for size in sizes["sparse"]:
+        assert scratch + rows < size < scratch + 2 * 1.2 * rows
+    assert set(sizes["float32"]) == {2 * (scratch + 65 * 4)}
+
+
 def test_rounding_does_not_pile_up_over_many_rounds(inline):
     settings = {"feedback": FEEDBACK["saef, averaging in topk"], "uplink": "topk:0.1+int4", "downlink": "topk:0.1+int4"}
     inline.train(loop, rounds=150, **settings)
     assert worst(inline) <= 4
 
 
-@pytest.mark.parametrize("who", ["worker", "server"])
 @pytest.mark.parametrize("spec", ["sign", "topk:0.1+int4"])
-@pytest.mark.parametrize("name", FEEDBACK)
+@pytest.mark.parametrize(
+    ("name", "who"), [(n, w) for n in FEEDBACK for w in ("worker", "server") if (n, w) != NO_RESIDUAL]
+)
 def test_a_residual_that_was_tampered_with_shows_in_the_conservation_error(inline, name, spec, who):
     def each(session, model):
         if session.version == 4 and session.rank == 1:

@@ -39,7 +39,7 @@ class Saef:
         """``w - lambda e_k / a_k`` for parameters, ``w`` for buffers."""
         y = w.clone()
         trained = sender.layout.trainable  # parameters come first in the flat vector
-        y[:trained].sub_(sender.residual[:trained], alpha=self.strength / weight)
+        sender.subtract_residual(y[:trained], self.strength / weight)
         return y
 
     def averages(self, version: int) -> str | None:

@@ -1,0 +1,44 @@
+"""What ``carryover check`` says a run will cost."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from deploy.checking import describe
+from deploy.display import bytes_text
+from deploy.settings import validate
+
+SIZE = 4 * (1000 * 1000 + 1000)  # bytes of the model
+LARGEST = 4 * 1000 * 1000  # of its largest tensor
+TWO = {  # halves of a residual, and the scratch vector
+    "float32": 2 * SIZE,
+    "bfloat16": SIZE + LARGEST,
+    "int8": 2 * (SIZE // 4 + 4 * (3907 + 4)) + LARGEST,
+    "sparse": 2 * SIZE + LARGEST,
+}
+
+
+def train(session):
+    model = nn.Linear(1000, 1000)
+    session.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def memories(**settings):
+    """What the page says of each worker's memory and of the server's."""
+    text = describe(validate({"train": "m:f", **settings}), train)
+    return re.findall(r"^memory, (?:each worker|server) +(.*?)(?: beside.*)?$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("memory", TWO)
+def test_memory_depends_on_how_each_side_keeps_its_residual(memory):
+    most = "at most " if memory == "sparse" else ""
+    compact, whole = bytes_text(3 * SIZE + TWO[memory]), bytes_text(2 * SIZE + 2 * SIZE)
+    assert memories(workers={"residual": memory}) == [most + compact, whole]
+    compact, whole = bytes_text(2 * SIZE + TWO[memory]), bytes_text(3 * SIZE + 2 * SIZE)
+    assert memories(server={"residual": memory}) == [whole, most + compact]
+
+
+def test_a_worker_without_feedback_keeps_no_residual():
+    assert memories(feedback={"kind": "none"})[0] == bytes_text(3 * SIZE)
