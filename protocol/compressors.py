@@ -58,7 +58,8 @@ class Compressor(Protocol):
         """Encode ``vector + residual`` and write what was not sent to ``residual_out``.
 
         Args:
-            vector: shape ``(n,)``, float32 or float64, contiguous, CPU or CUDA. Not altered.
+            vector: shape ``(n,)``, float32 or float64, contiguous, CPU or CUDA. Not altered,
+                unless it is ``residual_out`` itself.
             state: what ``init`` or the last call returned. Not altered.
             key: a number of 64 bits that fixes all randomness of this call; equal keys give equal bytes.
             residual: the same shape and dtype as ``vector``; None for zeros.

@@ -245,14 +245,14 @@ def _kth(values: Floats, k: int) -> tuple[Any, int]:
 def set_at(total, indices, values):  # type: ignore[no-untyped-def]
     """``total[indices] = values``."""
     for i in range(indices.size):
-        total[indices[i]] = values[i]
+        total[np.uint64(indices[i])] = values[i]
 
 
 @njit(cache=True, nogil=True)
 def add_at(total, indices, values):  # type: ignore[no-untyped-def]
     """``total[indices] += values``."""
     for i in range(indices.size):
-        total[indices[i]] += values[i]
+        total[np.uint64(indices[i])] += values[i]
 
 
 def _threshold(vector: Floats, residual: Floats, k: int) -> float:

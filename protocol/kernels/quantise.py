@@ -159,7 +159,7 @@ def _settle_at(values, symbols, start, table, scales, bucket, indices, out):  # 
         for i in range(first, last):
             number = table[symbols[i]] * scale
             rest = values[i] - number
-            out[indices[i]] = rest
+            out[np.uint64(indices[i])] = rest
             sent += np.float64(number) * np.float64(number)
             left += np.float64(rest) * np.float64(rest)
         first = last
@@ -167,25 +167,15 @@ def _settle_at(values, symbols, start, table, scales, bucket, indices, out):  # 
 
 
 @njit(cache=True, nogil=True)
-def _add_all(out, symbols, start, table, scales, bucket):  # type: ignore[no-untyped-def]
-    first = 0
-    while first < symbols.size:
-        place = (start + first) // bucket
-        last, scale = min(symbols.size, (place + 1) * bucket - start), scales[place]
-        for i in range(first, last):
-            out[i] += table[symbols[i]] * scale
-        first = last
+def _add_all(out, symbols, table):  # type: ignore[no-untyped-def]
+    for i in range(symbols.size):
+        out[i] += table[symbols[i]]
 
 
 @njit(cache=True, nogil=True)
-def _add_at(out, symbols, start, table, scales, bucket, indices):  # type: ignore[no-untyped-def]
-    first = 0
-    while first < symbols.size:
-        place = (start + first) // bucket
-        last, scale = min(symbols.size, (place + 1) * bucket - start), scales[place]
-        for i in range(first, last):
-            out[indices[i]] += table[symbols[i]] * scale
-        first = last
+def _add_at(out, symbols, table, indices):  # type: ignore[no-untyped-def]
+    for i in range(symbols.size):
+        out[np.uint64(indices[i])] += table[symbols[i]]  # unsigned: no index counts from the end
 
 
 def dtype_of(values: Floats) -> np.dtype[Any]:
@@ -302,20 +292,13 @@ def settle(
     return sum(p[0] for p in parts), sum(p[1] for p in parts)
 
 
-def add(out: Floats, symbols: U8, numbers: Numbers, indices: Indices | None, sign: int, part: slice) -> None:
-    """``out[indices] += sign * numbers`` for a part of the symbols; everywhere if there are no indices.
-
-    Each number is rounded to the dtype of ``out`` first: exact, since that is not narrower.
-    """
-    table = numbers.table.astype(out.dtype) * out.dtype.type(sign)
-    scales, bucket = numbers.scales.astype(out.dtype, copy=False), numbers.bucket
-    begin, end, _ = part.indices(symbols.size)
+def add(out: Floats, symbols: U8, table: Floats, indices: Indices | None) -> None:
+    """``out[indices] += table[symbols]``; everywhere if there are no indices. One dtype."""
 
     def write(a: int, b: int) -> None:
-        a, b = begin + a, begin + b
         if indices is None:
-            _add_all(out[a:b], symbols[a:b], a, table, scales, bucket)
+            _add_all(out[a:b], symbols[a:b], table)
         else:
-            _add_at(out, symbols[a:b], a, table, scales, bucket, indices[a:b])
+            _add_at(out, symbols[a:b], table, indices[a:b])
 
-    over(spans(end - begin, GRAIN), write)
+    over(spans(symbols.size, GRAIN), write)

@@ -61,18 +61,27 @@ class Symbols:
 
         Without indices, everywhere.
         """
-        if self.numbers.scales.size == 1 or out.dtype == self.dtype:
-            quantise.add(out, self.symbols, self.numbers, indices, sign, part)
+        places = None if indices is None else indices[part]
+        if self.numbers.scales.size == 1:
+            symbols = self.symbols[part]
+            into = out[part] if indices is None else out
+            quantise.add(into, symbols, self._table(out.dtype, sign), places)
             return
-        first, last, _ = part.indices(len(self))
-        values = self._part(first, last).astype(out.dtype) * out.dtype.type(sign)  # rounded in the message's width
-        cpu.add_at(out, np.arange(first, last) if indices is None else indices[first:last], values)
+        begin, end, _ = part.indices(len(self))
+        for start in range(begin, end, PIECE):
+            stop = min(start + PIECE, end)
+            add_values(out, self._part(start, stop), start, None if indices is None else indices[start:stop], sign)
+
+    def _table(self, dtype: np.dtype[Any], sign: int) -> Floats:
+        """What each symbol adds if there is one scale, rounded in the message's width first."""
+        table: Floats = (self.numbers.table * self.numbers.scales).astype(dtype) * dtype.type(sign)
+        return table
 
     def add_on_device(self, out: Tensor, indices: Tensor | None, sign: int) -> None:
         """``add_to`` on a GPU, if there is one scale: symbols travel there, one byte each."""
-        table = torch.from_numpy(self.numbers.table * self.numbers.scales[0] * self.numbers.dtype.type(sign))
+        table = torch.from_numpy(self._table(np.dtype(np.float64 if out.dtype == torch.float64 else np.float32), sign))
         symbols = torch.from_numpy(np.array(self.symbols)).to(out.device)
-        cuda_coding.lookup_add(out, indices, symbols, table.to(out.dtype).to(out.device))
+        cuda_coding.lookup_add(out, indices, symbols, table.to(out.device))
 
 
 @dataclass(frozen=True)
@@ -114,9 +123,14 @@ class Narrowed:
         begin, end, _ = part.indices(len(self))
         for start in range(begin, end, PIECE):
             stop = min(start + PIECE, end)
-            values = self._part(start, stop).astype(out.dtype, copy=False)
-            if indices is None:
-                into = out[start:stop]
-                np.add(into, values, out=into) if sign > 0 else np.subtract(into, values, out=into)
-            else:
-                cpu.add_at(out, indices[start:stop], values if sign > 0 else -values)
+            add_values(out, self._part(start, stop), start, None if indices is None else indices[start:stop], sign)
+
+
+def add_values(out: Floats, values: Floats, start: int, indices: Indices | None, sign: int) -> None:
+    """``out[indices] += sign * values``, or from ``out[start]`` on; each value is rounded to its dtype first."""
+    values = values.astype(out.dtype, copy=False)
+    if indices is not None:
+        cpu.add_at(out, indices, values if sign > 0 else -values)
+        return
+    into = out[start : start + values.size]
+    np.add(into, values, out=into) if sign > 0 else np.subtract(into, values, out=into)

@@ -1,7 +1,7 @@
 """Fitted grids are as good as the best of their kind: what they lose, beside what the textbook's quantisers lose."""
 
 from functools import cache
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from protocol import compressor, decode
-from protocol.values.cells import BINS, FINE, OCTAVES, partition
+from protocol.values.cells import partition
 
-N = 400_000
+N = 1_000_000
 random = np.random.default_rng(2)
 
 
@@ -50,13 +50,18 @@ def error(magnitudes, levels):
 
 @cache
 def lloyd_max(name, levels):
-    """The best of the fixed points that Lloyd's iteration finds from quantiles, and from equal and geometric steps."""
+    """The best of the fixed points that Lloyd's iteration finds from three beginnings.
+
+    One has a density of levels in proportion to the cube root of that of the values, which is the best for
+    many levels (Panter and Dite 1951).
+    """
     sizes = np.sort(np.abs(values(name)).astype(np.float64))
-    low = max(sizes[0], sizes[-1] * 2.0**-14)
+    edges = np.quantile(sizes, np.linspace(0, 1, 65))
+    share = np.concatenate([[0.0], np.cumsum(np.diff(edges) ** (2 / 3))])
     begins = (
+        np.interp((np.arange(levels) + 0.5) / levels * share[-1], share, edges),
         np.quantile(sizes, (np.arange(levels) + 0.5) / levels),
         np.linspace(sizes[0], sizes[-1], 2 * levels + 1)[1::2],
-        np.geomspace(low, sizes[-1], levels),
     )
     sums = np.concatenate([[0.0], np.cumsum(sizes)])
     found = []
@@ -78,8 +83,8 @@ def uniform(name, levels, from_zero):
 
 LEVELS = {"int2": 2, "int4": 8, "int8": 128}
 
-# The histogram's bins are a 32nd of an octave wide, and centroids have 8 bits. That costs a cell whose values differ
-# by the factor r at most (2**-6 / (r - 1))**2 of its error or so: nothing to 2 or 8 levels.
+# Centroids are those of a histogram whose bins are one or two per cent wide, and have eight bits: that costs two or
+# eight levels, which are far wider, next to nothing. Lloyd's iteration may itself stop short of the best.
 NEAR = 1.1
 
 
@@ -89,13 +94,12 @@ def test_few_levels_lose_hardly_more_than_lloyd_and_max(code, name):
     assert lost(code, name) <= NEAR * lloyd_max(name, LEVELS[code])
 
 
-# Eight cells of equal steps instead of a density of levels that follows the density p of values as p**(1/3) (Panter
-# and Dite): within a cell over which p falls by the factor f, equal steps lose (f - 1) / ln f * (3 / f**(2/3)) *
-# ... times the least. Tails of Gaussians, cubed or not, give factors below 1.25; three for zeros apart.
-COMPANDED = 1.35
+# Of 128 free levels some go to single values far out in the tail, where eight cells of equal steps leave most of theirs
+# empty; otherwise eight pieces are close to the density that is best (uniform values: the same, normal ones: 1 %).
+COMPANDED = 1.4
 
 
-@pytest.mark.parametrize("name", [*SELECTED, "normal", "cubed normal", "uniform"])
+@pytest.mark.parametrize("name", [*SELECTED, *DENSE])
 def test_eight_cells_of_equal_steps_lose_little_more_than_the_best_128_levels(name):
     assert lost("int8", name) <= COMPANDED * lloyd_max(name, 128)
 
@@ -136,7 +140,7 @@ def test_a_grid_goes_with_the_scale_of_its_values():
 def loss(gain, counts, sums, edges, borders):
     """Of a partition, up to what is the same for all."""
     total = 0.0
-    for low, high in zip(borders, borders[1:], strict=False):
+    for low, high in pairwise(borders):
         number, size = counts[low:high].sum(), sums[low:high].sum()
         if gain == 0:
             total -= size**2 / number if number else 0.0
@@ -170,13 +174,10 @@ def test_the_partition_is_the_best_there_is(counts, gain, cells, ratio, seed):
     borders = partition(gain, counts, sums, edges, cells)
     assert borders[0] == 0
     assert borders[-1] == counts.size
-    assert all(low < high for low, high in zip(borders, borders[1:], strict=False))
+    assert all(low < high for low, high in pairwise(borders))
     assert len(borders) - 1 <= cells
-    found, best = (
-        loss(gain, counts, sums, edges, borders),
-        best_by_trying(gain, counts, sums, edges, cells),
-    )
-    assert found <= best + 1e-9 * abs(best)
+    best = best_by_trying(gain, counts, sums, edges, cells)
+    assert loss(gain, counts, sums, edges, borders) <= best + 1e-9 * abs(best)
 
 
 @settings(deadline=None, max_examples=200)
@@ -186,10 +187,6 @@ def test_bins_that_are_empty_cost_nothing(counts, cells):
     edges = 1.5 ** np.arange(counts.size + 1.0)
     sums = counts * edges[:-1] * 1.2
     borders = partition(0, counts, sums, edges, cells)
-    assert all(counts[low:high].sum() > 0 for low, high in zip(borders, borders[1:], strict=False))
+    assert all(counts[low:high].sum() > 0 for low, high in pairwise(borders))
     best = best_by_trying(0, counts, sums, edges, cells)
     assert loss(0, counts, sums, edges, borders) <= best + 1e-9 * abs(best)
-
-
-def test_bins_are_narrow_and_reach_as_far_down_as_it_says():
-    assert BINS == OCTAVES * 2**FINE + 1
