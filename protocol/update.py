@@ -17,7 +17,7 @@ from protocol.values.decoded import Narrowed, Symbols
 
 Floats = npt.NDArray[np.floating[Any]]
 
-STRIP = 1 << 18  # elements that stay in the second-level cache while several updates are added to them
+STRIP = 1 << 20  # elements that stay in the last-level cache while several updates are added to them
 
 
 @dataclass(frozen=True)

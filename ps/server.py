@@ -20,7 +20,7 @@ from protocol.messages import Average, Farewell, Join, Leave, Mean, Message, Pus
 from protocol.segment import pack_exact
 from protocol.sender import Sender
 from protocol.spec import compressors_for
-from protocol.update import Update
+from protocol.update import Update, accumulate
 from ps.log import Log
 from ps.plan import Plan, optimizer_for
 from ps.state import Applied, Close, Contribution, ServerState, apply, equal_weights
@@ -250,10 +250,10 @@ class Server:
         assert self.state is not None
         state = self.state
         total = state.layout.zeros()
-        for worker, average in averages.items():
+        for worker in averages:
             del self._pending[worker]
-            for place, update in zip(state.layout.segments, average.updates, strict=True):
-                update.add_to(total[place.start : place.stop])
+        for place, *updates in zip(state.layout.segments, *(a.updates for a in averages.values()), strict=True):
+            accumulate(updates, total[place.start : place.stop])
         bodies = tuple(pack_exact(total[s.start : s.stop].numpy()) for s in state.layout.segments)
         weight = sum(state.weights[worker] for worker in averages)
         frame = Mean(state.version, weight, bodies=bodies, layout=state.layout.hash).pack()

@@ -14,7 +14,7 @@ from torch import Tensor
 from protocol.layout import Layout
 from protocol.messages import U8, Entry
 from protocol.sender import Sender
-from protocol.update import Update
+from protocol.update import Update, accumulate
 from ps.log import Log
 from ps.optimizer import ServerOptimizer
 
@@ -98,9 +98,8 @@ def apply(state: ServerState, record: Close) -> Applied:
         NotFiniteError: the step of the server's optimizer holds NaN or Inf; no version was made.
     """
     total = state.layout.zeros()
-    for contribution in record.contributions:
-        for place, update in zip(state.layout.segments, contribution.updates, strict=True):
-            update.add_to(total[place.start : place.stop])
+    for place, *updates in zip(state.layout.segments, *(c.updates for c in record.contributions), strict=True):
+        accumulate(updates, total[place.start : place.stop])
     skipped = all(contribution.skipped for contribution in record.contributions) and not any(
         total[s.start : s.stop].any() for s in state.layout.segments if s.entry.role == "parameter"
     )

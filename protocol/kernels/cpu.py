@@ -29,7 +29,8 @@ Picked = tuple[Indices, Floats, float]
 CACHED = 1 << 11  # values of two vectors that stay in the first-level cache
 BLOCK = 1 << 14  # values that stay in the second-level cache between the inner loops; a multiple of LANES
 SAMPLE = 1 << 16  # magnitudes at most from which the threshold is estimated
-SHARE = 16  # one in so many
+SHARE = 64  # one in so many
+FEW = 16  # one in so many reaches a threshold that is given, or all are looked at again
 SMALL = 1 << 14  # elements below which a sample costs more than it saves
 LAST = np.uint64(1 << 63)
 BINS = 1 << 12  # of the histogram in which the k-th magnitude is found
@@ -352,7 +353,7 @@ def squares(values: Floats) -> float:
 
 def at_least(vector: Floats, residual: Floats | None, total: Floats, threshold: float) -> Picked:
     """All elements of ``vector + residual`` whose magnitude reaches the threshold, zeros never; as ``top_k``."""
-    found, values, squares = _candidates(vector, residual, total, threshold, vector.size // SHARE)
+    found, values, squares = _candidates(vector, residual, total, threshold, vector.size // FEW)
     if found is None:
         found = np.flatnonzero(np.abs(total) >= total.dtype.type(threshold))
         values = total[found]

@@ -171,6 +171,13 @@ def scaled_square(vector, scale):
 # --- conservation
 
 
+def overflows(spec, found):
+    """A value code narrower than the vector clamps it; delta is declared up to that."""
+    narrow = {"f16": 65504.0, "bf16": torch.finfo(torch.bfloat16).max, "f32": LARGEST["float32"]}
+    limit = min((narrow[stage] for stage in spec.split("+") if stage in narrow), default=math.inf)
+    return found.total.numel() > 0 and float(found.total.abs().max()) > limit
+
+
 def conserved(found):
     """To the rounding of what is left, element by element."""
     room = torch.finfo(found.total.dtype).eps * (found.sent.abs().double() + found.left.abs().double())
@@ -182,8 +189,12 @@ def test_what_is_sent_and_what_is_left_add_up_to_what_was_given(spec):
     for name, found in outcomes(spec):
         assert torch.isfinite(found.sent).all(), name
         assert conserved(found), name
-        if not spec.startswith("lowrank"):
-            assert torch.equal(found.left[found.sent == 0], found.total[found.sent == 0]), name
+        if spec.startswith("lowrank"):
+            continue
+        assert torch.equal(found.left[found.sent == 0], found.total[found.sent == 0]), name
+        assert torch.all((found.sent == 0) | (found.total == 0) | (found.sent.sign() == found.total.sign())), name
+        if spec.rpartition("+")[2] in CASTS and not overflows(spec, found):  # rounding errors are numbers themselves
+            assert torch.equal(found.sent + found.left, found.total), name
 
 
 @every_spec
@@ -235,13 +246,6 @@ def room(spec, found):
     below = min(floor(spec, total.dtype) / scale, 1e150) if scale else 0.0
     share = 1 - made(spec, total.numel()).delta(total.numel()) + 8 * torch.finfo(total.dtype).eps
     return share * scaled_square(total, scale) + total.numel() * below**2, scale
-
-
-def overflows(spec, found):
-    """A value code narrower than the vector clamps it; delta is declared up to that."""
-    narrow = {"f16": 65504.0, "bf16": torch.finfo(torch.bfloat16).max, "f32": LARGEST["float32"]}
-    limit = min((narrow[stage] for stage in spec.split("+") if stage in narrow), default=math.inf)
-    return found.total.numel() > 0 and float(found.total.abs().max()) > limit
 
 
 @pytest.mark.parametrize("spec", [spec for spec in PLAIN if not is_random(spec)])

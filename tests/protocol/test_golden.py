@@ -2,32 +2,33 @@
 
 ``golden/*.frame`` are bytes that some version has sent; ``golden/frames.json`` says what each must decode
 to. New frames are added in ``new_frames`` and written by ``python tests/protocol/test_golden.py --write``,
-which never touches a frame that exists.
+which never touches a frame that exists. Some of those that do are of encoders that are no more.
 """
 
-import dataclasses
 import hashlib
+import importlib.util
 import json
-import re
 import struct
 import sys
-import zlib
 from pathlib import Path
 
 import msgpack
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 INDEX = GOLDEN / "frames.json"
-DOCUMENT = ROOT / "docs" / "protocol.md"
-EXAMPLE = "example"  # the frame that the document explains byte by byte
+
+_spec = importlib.util.spec_from_file_location("second_reader", Path(__file__).with_name("second_reader.py"))
+reader = importlib.util.module_from_spec(_spec)  # not of a package, so pytest cannot import it by name
+_spec.loader.exec_module(reader)
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from protocol import Layout, messages, snapshot, wire  # noqa: E402
+from protocol import Layout, compressor, messages, snapshot, wire  # noqa: E402
 from protocol.layout import Entry as Tensor  # noqa: E402
 from protocol.messages import (  # noqa: E402
     Average,
@@ -41,10 +42,9 @@ from protocol.messages import (  # noqa: E402
     Welcome,
     pack_statistics,
 )
-from protocol.segment import pack_dense, pack_exact, pack_sparse, unpack  # noqa: E402
-from protocol.values import BY_NAME  # noqa: E402
+from protocol.segment import pack_exact, unpack  # noqa: E402
+from protocol.values import BY_ID  # noqa: E402
 
-CODES = ("f64", "f32", "bf16", "sign", "int8", "int4")
 MODEL = Layout(
     (
         Tensor("weight", (2, 3), "float32", "parameter"),
@@ -98,91 +98,7 @@ def decoded_here(frame, expected):
     }
 
 
-# -- a second reader, written from docs/protocol.md with nothing but the standard library and msgpack -----
-
-
-def read_varint(data, at):
-    number = shift = 0
-    while True:
-        number |= (data[at] & 127) << shift
-        shift, at = shift + 7, at + 1
-        if data[at - 1] < 128:
-            return number, at
-
-
-def read_frame(data):
-    magic, version, kind, zero, layout, table_size, body_size = struct.unpack_from("<4sBBH8sIQ", data)
-    assert (magic, version, zero) == (b"CRRY", 1, 0)
-    assert len(data) == 28 + table_size + body_size + 4
-    assert struct.unpack_from("<I", data, len(data) - 4) == (zlib.crc32(data[:-4]),)
-    fields = msgpack.unpackb(data[28 : 28 + table_size], strict_map_key=False)
-    lengths, at, place, bodies = fields.pop(0, b""), 0, 28 + table_size, []
-    while at < len(lengths):
-        size, at = read_varint(lengths, at)
-        bodies.append(data[place : place + size])
-        place += size
-    return kind, layout, fields, bodies
-
-
-def read_bits(data, at, width):
-    return int.from_bytes(data, "little") >> at & (1 << width) - 1
-
-
-def read_values(code, wide, data, count):
-    size, form = (8, "d") if wide else (4, "f")
-
-    def rounded(number):  # to the working precision; the product of two float32 is exact in a float64
-        return struct.unpack(f"<{form}", struct.pack(f"<{form}", number))[0]
-
-    if code == 0:
-        return [rounded(v) for v in struct.unpack(f"<{count}d", data)]
-    if code == 1:
-        return list(struct.unpack(f"<{count}f", data))
-    if code == 3:
-        return [struct.unpack("<f", b"\0\0" + data[2 * i : 2 * i + 2])[0] for i in range(count)]
-    if code == 4:
-        (scale,) = struct.unpack_from(f"<{form}", data)
-        return [-scale if read_bits(data[size:], i, 1) else scale for i in range(count)]
-    bits = {5: 8, 6: 4}[code]
-    low, step = struct.unpack_from(f"<2{form}", data)
-    levels = [low]
-    while len(levels) < 2 ** (bits - 1):
-        levels.append(rounded(levels[-1] * step))
-    signed = levels + [-level for level in levels]
-    return [signed[read_bits(data[2 * size :], bits * i, bits)] for i in range(count)]
-
-
-def read_size(code, wide, count):
-    size = 8 if wide else 4
-    each = {0: 64, 1: 32, 3: 16, 4: 1, 5: 8, 6: 4}[code]
-    return {4: size, 5: 2 * size, 6: 2 * size}.get(code, 0) + (count * each + 7) // 8
-
-
-def read_indices(data, b, count):
-    split = (count * b + 7) // 8
-    unary, at, previous, indices = data[split:], 0, -1, []
-    for i in range(count):
-        quotient = 0
-        while not read_bits(unary, at, 1):
-            quotient, at = quotient + 1, at + 1
-        at += 1
-        previous += 1 + (quotient << b) + read_bits(data[:split], i * b, b)
-        indices.append(previous)
-    return indices
-
-
-def read_segment(data):
-    index_code, code, wide = data[0], data[1] & 127, bool(data[1] & 128)
-    numel, at = read_varint(data, 2)
-    indices, values = [], []
-    if index_code == 0:
-        indices, values = None, read_values(code, wide, data[at:], numel)
-    if index_code == 2:
-        count, at = read_varint(data, at)
-        end = at + 1 + read_size(code, wide, count)
-        values = read_values(code, wide, data[at + 1 : end], count)
-        indices = read_indices(data[end:], data[at], count)
-    return {"numel": numel, "float": 64 if wide else 32, "indices": indices, "values": values}
+# -- what a second reader makes of a frame ---------------------------------------------------------------
 
 
 KINDS = ("Join", "Welcome", "Push", "Entry", "Average", "Mean", "Refusal", "Leave", "Farewell")
@@ -190,9 +106,9 @@ KINDS = ("Join", "Welcome", "Push", "Entry", "Average", "Mean", "Refusal", "Leav
 
 def decoded_elsewhere(data, expected):
     """What the second reader reads in a frame."""
-    kind, layout, fields, bodies = read_frame(data)
+    kind, layout, fields, bodies = reader.read_frame(data)
     read = [
-        {"raw": body.hex()} if "raw" in known else read_segment(body)
+        {"raw": body.hex()} if "raw" in known else reader.read_segment(body)
         for body, known in zip(bodies, expected["bodies"], strict=True)
     ]
     return {"message": KINDS[kind - 1], "layout": layout.hex(), "fields": plain(fields), "bodies": read}
@@ -237,15 +153,31 @@ def test_every_golden_frame_is_listed_and_no_other_file_is_there():
 def test_the_golden_frames_cover_every_message_and_every_code():
     frames = known_frames()
     assert {frame["message"] for frame in frames.values()} == set(KINDS)
-    seen = set()
+    heads = set()
     for name, frame in frames.items():
-        seen |= {
-            (b[0], b[1]) for b, s in zip(read_frame(load(name))[3], frame["bodies"], strict=True) if "raw" not in s
-        }
-    ids = {BY_NAME[code].wire_id + wide for code in CODES for wide in (0, 128)}
-    assert seen >= {(index_code, code) for index_code in (0, 2) for code in ids}
-    assert {code for index_code, code in seen if index_code == 1} >= {1, 128}
-    assert set(BY_NAME) == set(CODES), "a new value code needs a golden frame"
+        for body, known in zip(reader.read_frame(load(name))[3], frame["bodies"], strict=True):
+            if "raw" not in known:
+                heads.add((body[0], body[1] & 63, body[1] & 64, body[1] & 128))
+    for code in BY_ID:
+        for wide in (0, 128):
+            assert (0, code, 0, wide) in heads
+            assert code in (5, 6) or (0, code, 64, wide) in heads  # no longer written, and never entropy-coded
+    assert {head[0] for head in heads} == set(range(8))
+    assert {(index, wide) for index, _, _, wide in heads} == {(index, wide) for index in range(8) for wide in (0, 128)}
+    assert {(7, coded) for index, _, coded, _ in heads if index == 7} == {(7, 0), (7, 64)}
+
+
+def test_the_golden_frames_hold_every_kind_of_entropy_coded_stream(monkeypatch):
+    kinds, real = set(), reader.read_stream
+
+    def spied(data, at, count, base):
+        kinds.add(data[reader.read_varint(data, at)[1]])
+        return real(data, at, count, base)
+
+    monkeypatch.setattr(reader, "read_stream", spied)
+    for name, frame in known_frames().items():
+        decoded_elsewhere(load(name), frame)
+    assert kinds == {0, 1, 2, 3}
 
 
 def test_the_layout_of_the_golden_frames_has_the_hash_that_the_specification_gives():
@@ -264,42 +196,22 @@ def test_a_snapshot_among_them_loads():
     assert restored[1].tolist() == [True, False, True]
 
 
-def test_the_frame_that_the_document_explains_is_the_golden_one():
-    """The hexadecimal digits in the first column of the table, one row after the other."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    section = text[text.index("## A frame, byte by byte") :]
-    rows = re.findall(r"^\| *\d+ *\| `((?:[0-9a-f]{2} ?)+)` \|", section, re.MULTILINE)
-    assert bytes.fromhex("".join(rows)) == load(EXAMPLE)
-    starts = [int(start) for start in re.findall(r"^\| *(\d+) *\| `[0-9a-f]{2}", section, re.MULTILINE)]
-    sizes = [len(bytes.fromhex(row)) for row in rows]
-    assert starts == [sum(sizes[:i]) for i in range(len(sizes))]
-
-
-def test_the_document_lists_every_message_with_its_kind_and_its_keys():
-    text = DOCUMENT.read_text(encoding="utf-8")
-    found = {}
-    for part in re.split(r"^(?=\*\*\d+ \w+\*\*: )", text, flags=re.MULTILINE)[1:]:
-        kind, name = re.match(r"\*\*(\d+) (\w+)\*\*", part).groups()
-        part = part[: part.index("\n## ")] if "\n## " in part else part
-        rows = re.findall(r"^\| (\d+) \| (\w+) \|", part, re.MULTILINE)
-        found[name] = int(kind), {field: int(key) for key, field in rows}
-    expected = {}
-    for message in (Join, Welcome, Push, Entry, Average, Mean, Refusal, Leave, Farewell):
-        fields = {f.name: f.metadata["key"] for f in dataclasses.fields(message) if "key" in f.metadata}
-        expected[message.__name__] = message.KIND, fields
-    assert found == expected
-
-
-def test_the_document_lists_every_reason_and_every_value_code():
-    text = DOCUMENT.read_text(encoding="utf-8")
-    reasons = text[text.index("## Refusals") : text.index("## Statistics")]
-    assert tuple(re.findall(r"^\| `(\w+)` \|", reasons, re.MULTILINE)) == messages.REASONS
-    codes = text[text.index("### Value codes") : text.index("### Golomb-Rice")]
-    found = re.findall(r"^\| (\d+) \| `(\w+)` \|", codes, re.MULTILINE)
-    assert {name: int(number) for number, name in found} == {name: code.wire_id for name, code in BY_NAME.items()}
-
-
 # -- writing new ones ---------------------------------------------------------------------------------
+
+
+VALUES = ("f64", "f32", "f16", "bf16", "sign", "int8", "int4", "int2", "ternary", "qsgd:4,bucket=5", "natural")
+PLACES = {  # a selection that gives each index code, and the elements that are not zero
+    "2": (1000, [3, 141, 592, 653, 700, 951, 960, 999]),
+    "3": (24, [0, 1, 3, 4, 6, 9, 10, 12, 13, 16, 17, 18, 20, 23]),
+    "4": (4000, [*range(64, 80), *range(1000, 1024, 2), 1600, 1601, 1607, *range(3000, 3008)]),
+    "5": (65_536, [31_415, 65_535]),
+}
+
+
+def body(spec, values, shape=(), key=2**63 + 5):
+    """As a sender makes it that keeps what it does not send."""
+    vector = torch.from_numpy(np.ascontiguousarray(values).reshape(-1))
+    return compressor(spec, shape).encode(vector, (), key, None, torch.empty_like(vector))[0]
 
 
 def code_values(dtype):
@@ -308,17 +220,50 @@ def code_values(dtype):
     return np.array([-m if i % 3 == 1 else m for i, m in enumerate(magnitudes)], dtype)
 
 
-def code_bodies(dtype, sparse):
-    """One body a value code; when sparse, in segments of growing size and so with growing Rice parameters."""
-    values, bodies = code_values(dtype), []
-    for n, code in enumerate(CODES):
-        if not sparse:
-            bodies.append(pack_dense(BY_NAME[code], values)[0])
-            continue
-        numel = 13 * 7**n
-        indices = np.unique(np.array([0, *(numel * f // 97 for f in range(5, 90, 8)), numel - 1]))
-        bodies.append(pack_sparse(BY_NAME[code], numel, indices, values[: indices.size])[0])
+def few(dtype, count, runs):
+    """Values that entropy coding makes smaller: mostly one, here and there others; in runs, or anywhere."""
+    random = np.random.default_rng(count)
+    lengths = random.integers(3, 25, count) if runs else np.ones(count, int)
+    drawn = np.repeat(random.choice([1.0, -1.0, 0.5, -2.0], count, p=[0.7, 0.1, 0.1, 0.1]), lengths)[:count]
+    return drawn.astype(dtype)
+
+
+def code_bodies(dtype):
+    """Every value code of thirteen values; those with several knots also of equal ones."""
+    values = code_values(dtype)
+    return (*(body(code, values) for code in VALUES), *(body(code, np.sign(values)) for code in ("int8", "int2")))
+
+
+def coded_bodies(dtype):
+    """Every value code, entropy-coded: by one model, by two, with bytes of a number that are packed or all the same."""
+    mantissas = np.random.default_rng(0).integers(2**15, 2**16, 40).astype(dtype)
+    return (
+        *(body(f"{code}+entropy", few(dtype, 120, runs=False)) for code in VALUES),
+        *(body(f"{code}+entropy", few(dtype, 300, runs=True)) for code in ("sign", "int4")),
+        body("f32+entropy", mantissas),
+    )
+
+
+def place_bodies(dtype):
+    """Every index code, each with another value code."""
+    bodies = []
+    for spec, (numel, places) in zip(("none", "int4", "sign", "f16"), PLACES.values(), strict=True):
+        values = np.zeros(numel, dtype)
+        values[places] = np.resize(code_values(dtype), len(places))
+        bodies.append(body(f"threshold:1e-9+{spec}", values))
+    for numel, spec in ((5, "randk:0.4"), (300, "randk:0.05+int8"), (1000, "randk:0.01+natural+entropy")):
+        bodies.append(body(spec, np.linspace(-1, 2, numel).astype(dtype)))
     return tuple(bodies)
+
+
+def product_bodies(dtype):
+    """Matrices of nine by eight, of which rank 1 and 3 are sent."""
+    random = np.random.default_rng(4)
+    matrix, ones = random.normal(size=(9, 8)).astype(dtype), np.outer(np.ones(18), np.arange(16) % 2 + 1)
+    return (
+        *(body(spec, matrix, (9, 8)) for spec in ("lowrank:1", "lowrank:3+f32", "lowrank:3+bf16")),
+        body("lowrank:1+f16+entropy", ones.astype(dtype), (18, 16)),
+    )
 
 
 def nothings():
@@ -333,25 +278,33 @@ def new_frames():
     parts = (w[:6], w[6:8], w[8:])
     statics = (np.array([2**40 + 1], "<i8").view(np.uint8), np.array([1, 0, 1], np.uint8))
     exact = tuple(pack_exact(part) for part in parts)
-    top = pack_sparse(BY_NAME["int4"], 1000, np.array([3, 141, 592]), np.array([0.5, -2, 1], np.float32))[0]
+    three = np.zeros(1000, np.float32)
+    three[[3, 141, 592]] = 0.5, -2, 1
+    pair = (body("topk:0.003+int4", three), pack_exact(np.zeros(10, np.float32)))
     optimizer = {
         "kind": "torch.optim.sgd.SGD",
         "groups": [{"params": ["weight", "bias"], "lr": 0.1, "momentum": 0.9, "nesterov": False, "foreach": None}],
     }
     statistics = pack_statistics({0: 1.5, 1: 1.25, 2: 0.5, 8: 0.75, 16: float("-inf"), 17: 0.1})
-    large = np.unique(np.array([0, 1, 2, 130, 131, 4_000_000, 4_000_100, 9_999_999]))
-    ramp = np.linspace(-1, 1, large.size, dtype=np.float32)
     return {
-        EXAMPLE: Push(3, 9, 7, 32, bodies=(top, pack_exact(np.zeros(10, np.float32))), layout=bytes(range(16, 24))),
+        "example_of_knots": Push(3, 9, 7, 32, bodies=pair, layout=bytes(range(16, 24))),  # docs/protocol.md explains it
         "join": Join(3, MODEL.describe(), **at),
         "join_founder": Join(0, MODEL.describe(), optimizer, bodies=(*exact, *statics), **at),
         "join_again": Join(3, MODEL.describe(), version=70000, **at),
         "welcome": Welcome(7, 640, {0: 0.25, 3: 0.75}, bodies=(*exact, *statics), **at),
         "welcome_held": Welcome(7, 2**40, {0: 1.0}, **at),
-        "push_dense_float32": Push(0, 1, 0, 8, bodies=code_bodies(np.float32, False)),
-        "push_dense_float64": Push(0, 2, 1, 8, bodies=code_bodies(np.float64, False)),
-        "push_sparse_float32": Push(0, 3, 2, 8, bodies=code_bodies(np.float32, True)),
-        "push_sparse_float64": Push(0, 4, 3, 8, bodies=code_bodies(np.float64, True)),
+        **{
+            f"push_{what}_{dtype.__name__}": Push(0, 6 + n, 5 + n, 8, bodies=bodies(dtype))
+            for n, (what, bodies) in enumerate(
+                {
+                    "codes": code_bodies,
+                    "coded": coded_bodies,
+                    "places": place_bodies,
+                    "products": product_bodies,
+                }.items()
+            )
+            for dtype in (np.float32, np.float64)
+        },
         "push_nothing": Push(0, 5, 4, 8, bodies=nothings()),
         "push_all_fields": Push(
             2**33,
@@ -368,7 +321,6 @@ def new_frames():
         ),
         "entry": Entry(8, 672, bodies=exact, **at),
         "entry_final": Entry(9, 704, {0: 0.5, 1: 1 / 3, 3: 1 / 6}, True, bodies=exact, **at),
-        "entry_large": Entry(1, 1, bodies=(pack_sparse(BY_NAME["bf16"], 10_000_000, large, ramp)[0],)),
         "average": Average(3, 10, 8, bodies=exact, **at),
         "mean": Mean(8, 0.75, bodies=tuple(pack_exact(3 * part) for part in parts), **at),
         "refusal": Refusal("version", "worker 3 sent an update of version 7 in round 8"),
@@ -390,7 +342,7 @@ def write():
         statics = 2 if len(message.bodies) == 5 else 0
         for number, body in enumerate(message.bodies):
             raw = number >= len(message.bodies) - statics
-            bodies.append({"raw": ""} if raw else {"numel": read_segment(bytes(body))["numel"]})
+            bodies.append({"raw": ""} if raw else {"numel": reader.read_segment(bytes(body))["numel"]})
         with open(GOLDEN / f"{name}.frame", "xb") as file:
             file.write(bytes(frame))
         known[name] = decoded_here(frame, {"bodies": bodies})
