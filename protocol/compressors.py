@@ -174,15 +174,15 @@ class Pipeline:
                 norms.left += picked.squares
             return segment.nothing(code, dtype, numel), state
         contract = arrays.out is not None or self.omega(numel) is None
-        values, rest = picked.values, arrays.out
+        values, rest, scaled = picked.values, arrays.out, None
         if not contract and isinstance(self.selection, RandK):
-            values = values * float(dtype.type(1.0 / self.selection.delta(numel)))
-            rest = values.copy() if isinstance(values, np.ndarray) else values.clone()
+            scaled = values * float(dtype.type(1.0 / self.selection.delta(numel)))
+            values = rest = scaled * 1
         packed = pack(code, values, ~key % 2**64, contract, self.entropy, picked.indices if contract else None, rest)
         if norms is not None:
             norms.before += picked.squares
             norms.sent += packed.sent
-            norms.left += _left(picked, packed.left, None if contract else values, rest)
+            norms.left += _left(picked, packed.left, scaled, rest)
         if picked.indices is None:
             return segment.dense(code, dtype, numel, packed), state
         if isinstance(self.selection, RandK):

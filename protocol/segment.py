@@ -157,7 +157,7 @@ def _unpack_product(code: Cast | Reader, coded: bool, body: U8, at: int, numel: 
     left = values.array().reshape(rows, rank)
     values, at = unpack_values(code, coded, body, at, numel // rows * rank, dtype)
     right = values.array().reshape(-1, rank).T.copy()
-    if float(np.abs(left).max()) * float(np.abs(right).max()) * rank > np.finfo(dtype).max:
+    if float(np.abs(left).max()) * float(np.abs(right).max()) * rank > float(np.finfo(dtype).max):
         raise DecodeError("the segment's product may overflow")
     return _finish(Update(numel, None, Product(left, right)), body, at)
 

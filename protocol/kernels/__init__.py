@@ -80,7 +80,7 @@ class Kernels(Protocol):
         """Symbols: 1 where a value is below zero, else 0."""
 
     def settle(self, values: Any, symbols: Any, numbers: Numbers, indices: Any, out: Any) -> tuple[float, float]:
-        """Write what the symbols leave of the values to ``out`` (at ``indices``, or everywhere without them).
+        """Write what the symbols leave of the values to ``out``, at ``indices``; without them ``out`` is ``values``.
 
         Returns the squared norms of what was sent and of what is left of it.
         """

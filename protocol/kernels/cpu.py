@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.floating[Any]]
 Indices = npt.NDArray[np.int64]
 Picked = tuple[Indices, Floats, float]
 
-CACHED = 1 << 11  # values of two vectors that stay in the first-level cache
+CACHED = 1 << 12  # values of two vectors that stay in the first-level cache
 BLOCK = 1 << 14  # values that stay in the second-level cache between the inner loops; a multiple of LANES
 SAMPLE = 1 << 16  # magnitudes at most from which the threshold is estimated
 SHARE = 64  # one in so many
@@ -79,6 +79,13 @@ def _squares(vector, residual):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def _add_onto(vector, total):  # type: ignore[no-untyped-def]
+    """Two arrays, not three of which two are one: LLVM makes vectors only of what cannot overlap."""
+    for i in range(vector.size):
+        total[i] += vector[i]
+
+
+@njit(cache=True, nogil=True)
 def _take_back(vector, total, start, stop):  # type: ignore[no-untyped-def]
     for i in range(start, stop):
         total[i] -= vector[i]
@@ -97,7 +104,7 @@ def _fill(vector, residual, total, origin, start, stop, squares):  # type: ignor
             if not np.isfinite(squares):
                 _take_back(vector, total, origin, first)
                 return squares
-            _add(vector[first:last], residual[first:last], total[first:last])
+            _add_onto(vector[first:last], total[first:last])
         return squares
     if residual.size:
         return squares + _add(vector[start:stop], residual[start:stop], total[start:stop])

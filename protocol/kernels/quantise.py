@@ -134,7 +134,7 @@ def _negative(values, symbols):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc"})
-def _settle_all(values, symbols, start, table, scales, bucket, out):  # type: ignore[no-untyped-def]
+def _settle_all(values, symbols, start, table, scales, bucket, write):  # type: ignore[no-untyped-def]
     sent, left, first = 0.0, 0.0, 0
     while first < values.size:
         place = (start + first) // bucket
@@ -142,8 +142,8 @@ def _settle_all(values, symbols, start, table, scales, bucket, out):  # type: ig
         for i in range(first, last):
             number = table[symbols[i]] * scale
             rest = values[i] - number
-            if out.size:
-                out[i] = rest
+            if write:
+                values[i] = rest
             sent += np.float64(number) * np.float64(number)
             left += np.float64(rest) * np.float64(rest)
         first = last
@@ -284,8 +284,7 @@ def settle(
 
     def write(a: int, b: int) -> tuple[float, float]:
         if indices is None or out is None:
-            rest = values[:0] if out is None else out[a:b]
-            return _settle_all(values[a:b], symbols[a:b], a, table, scales, bucket, rest)  # type: ignore[no-any-return]
+            return _settle_all(values[a:b], symbols[a:b], a, table, scales, bucket, out is not None)  # type: ignore[no-any-return]
         return _settle_at(values[a:b], symbols[a:b], a, table, scales, bucket, indices[a:b], out)  # type: ignore[no-any-return]
 
     parts = over(spans(values.size, GRAIN), write)

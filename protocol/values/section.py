@@ -54,7 +54,7 @@ def pack(
         contract: see ``SymbolCode.encode``.
         smaller: entropy-code what gets smaller by it.
         indices: where the values stand in ``out``; None if it is as long as they are.
-        out: receives the rest of each value; None if it is dropped.
+        out: receives the rest of each value; without indices it is ``values`` itself. None if the rest is dropped.
     """
     kernels = kernels_of(values)
     if isinstance(code, Cast):

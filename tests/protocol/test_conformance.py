@@ -198,16 +198,18 @@ def test_what_is_sent_and_what_is_left_add_up_to_what_was_given(spec):
 
 
 @every_spec
-def test_a_residual_altered_in_place_is_the_one_written_elsewhere(spec):
+def test_a_residual_written_over_the_old_one_or_the_vector_is_the_one_written_elsewhere(spec):
     for dtype in DTYPES:
         vector, residual = inputs("a residual", dtype)
         c, found = made(spec), outcome(spec, "a residual", dtype)
-        same, alias = residual.clone(), residual.clone()
+        same, alias, over = residual.clone(), residual.clone(), vector.clone()
         in_place, _ = c.encode(vector, c.init(N), 7, same)
         aliased, _ = c.encode(vector, c.init(N), 7, alias[:], alias[:])
         assert torch.equal(same, found.left)
+        instead, _ = c.encode(over, c.init(N), 7, residual, over)
         assert torch.equal(alias, found.left)
-        assert in_place.tobytes() == aliased.tobytes() == found.payload
+        assert torch.equal(over, found.left)
+        assert in_place.tobytes() == aliased.tobytes() == instead.tobytes() == found.payload
 
 
 @every_spec
