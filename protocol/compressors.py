@@ -110,8 +110,8 @@ class Arrays:
     def of(vector: Tensor, residual: Tensor | None, residual_out: Tensor | None) -> Arrays:
         """On a GPU, refuses a vector that is not finite before it overwrites a residual in place."""
         out = residual if residual_out is None else residual_out
-        given, added, rest = (x if x is None or on_device(x) else x.numpy() for x in (vector, residual, out))
-        if residual is not None and residual_out is None and on_device(vector):
+        given, added, rest = (x if x is None or on_device(x.device) else x.numpy() for x in (vector, residual, out))
+        if residual is not None and residual_out is None and on_device(vector.device):
             check(kernels_of(given).squares(given))
         return Arrays(given, added, given if rest is None else rest, rest)
 

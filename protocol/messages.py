@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import msgpack
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from protocol import wire
 from protocol.errors import DecodeError
@@ -243,8 +244,8 @@ def parse(frame: U8) -> Message:
     return _KINDS[parts.kind].of(parts)
 
 
-def updates(message: Message, layout: Layout) -> tuple[Update, ...]:
-    """The message's bodies decoded, one for each segment of the layout.
+def updates(message: Message, layout: Layout, device: torch.device | None = None) -> tuple[Update, ...]:
+    """The message's bodies decoded, one for each segment of the layout; see ``segment.unpack`` for the device.
 
     Raises:
         DecodeError: a body is not valid for its segment; the message names the segment.
@@ -254,7 +255,7 @@ def updates(message: Message, layout: Layout) -> tuple[Update, ...]:
     decoded = []
     for body, place in zip(message.bodies, layout.segments, strict=True):
         try:
-            update = unpack(body, place.numel)
+            update = unpack(body, place.numel, device)
             if update.dtype.itemsize > layout.dtype.itemsize:
                 raise DecodeError("it holds float64 values where the model has float32")
             decoded.append(update)

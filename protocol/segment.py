@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from protocol.coding import indices as index_codes
 from protocol.coding import varint
 from protocol.errors import DecodeError
-from protocol.kernels import kernels_of
+from protocol.kernels import cuda_coding, kernels_of, on_device
 from protocol.kernels.permutation import chosen
 from protocol.kernels.product import Product
 from protocol.update import Update
@@ -110,8 +111,13 @@ def pack_dense(values: Floats) -> U8:
     return dense(code, values.dtype, values.size, pack(code, values))
 
 
-def unpack(body: U8, numel: int) -> Update:
+def unpack(body: U8, numel: int, device: torch.device | None = None) -> Update:
     """Decode a body. Nothing is allocated before the lengths are known to be right.
+
+    Args:
+        body: of one segment.
+        numel: elements that the layout says.
+        device: where the update will be added: on a GPU, what usually arrives is decoded there.
 
     Raises:
         DecodeError: the body is truncated, altered, or of a segment of another size.
@@ -131,7 +137,7 @@ def unpack(body: U8, numel: int) -> Update:
     if numel == 0:
         raise DecodeError("a segment without elements has values")
     if index_code == ALL:
-        values, at = unpack_values(code, coded, body, at, numel, dtype)
+        values, at = unpack_values(code, coded, body, at, numel, dtype, device)
         return _finish(Update(numel, None, values), body, at)
     if index_code == PRODUCT:
         return _unpack_product(code, coded, body, at, numel, dtype)
@@ -142,9 +148,12 @@ def unpack(body: U8, numel: int) -> Update:
     if body.size < at + head:
         raise DecodeError("the segment ends before its values")
     parameter = int.from_bytes(body[at : at + head].tobytes(), "little")
-    values, at = unpack_values(code, coded, body, at + head, count, dtype)
+    values, at = unpack_values(code, coded, body, at + head, count, dtype, device)
     if index_code == KEYED:
         return _finish(Update(numel, chosen(parameter, count, numel), values), body, at)
+    if index_code == index_codes.RICE and device is not None and on_device(device):
+        stream = torch.from_numpy(np.array(body[at:])).to(device)
+        return Update(numel, cuda_coding.rice_unpack(stream, parameter, count, numel), values)
     return Update(numel, index_codes.decode(index_code, parameter, body[at:], count, numel), values)
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from protocol.kernels import on_device
 from protocol.kernels.product import Product
 from protocol.kernels.threads import over, spans
 from protocol.values.decoded import Narrowed, Symbols
@@ -24,11 +25,12 @@ STRIP = 1 << 20  # elements that stay in the last-level cache while several upda
 class Update:
     """A segment of ``numel`` elements: dense if ``indices`` is None, else zero where they do not point.
 
-    ``indices`` are ascending int64; the values have the working precision of the message, float32 or float64.
+    ``indices`` are ascending int64, an array or a tensor on the GPU where they were decoded; the values have
+    the working precision of the message, float32 or float64.
     """
 
     numel: int
-    indices: npt.NDArray[np.int64] | None
+    indices: Any
     coded: Symbols | Narrowed | Product
 
     @property
@@ -54,10 +56,10 @@ class Update:
         self._apply(out, -1)
 
     def _apply(self, out: Tensor, sign: int) -> None:
-        if out.device.type == "cpu":
+        if not on_device(out.device):
             self.coded.add_to(out.numpy(), self.indices, sign)
             return
-        places = None if self.indices is None else torch.from_numpy(self.indices).to(out.device)
+        places = None if self.indices is None else torch.as_tensor(self.indices).to(out.device)
         if isinstance(self.coded, Symbols) and self.coded.numbers.scales.size == 1:
             self.coded.add_on_device(out, places, sign)
             return
@@ -81,7 +83,7 @@ def accumulate(updates: Sequence[Update], out: Tensor) -> None:
     Sparse updates are added strip by strip, so that what several of them touch is in the cache.
     """
     sparse = [u for u in updates if u.indices is not None and isinstance(u.coded, Symbols | Narrowed)]
-    if out.device.type != "cpu" or len(sparse) < max(2, len(updates)) or out.numel() <= STRIP:
+    if on_device(out.device) or len(sparse) < max(2, len(updates)) or out.numel() <= STRIP:
         for update in updates:
             update.add_to(out)
         return

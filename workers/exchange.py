@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from protocol import messages
 from protocol.errors import DecodeError, Refused
@@ -72,9 +73,9 @@ class Exchange:
         leave = Leave(self._worker, cause, bodies=residual, layout=self._layout.hash)
         return self._expect(self._call(leave), Farewell)
 
-    def updates(self, message: Message) -> tuple[Update, ...]:
-        """The message's bodies, decoded."""
-        return messages.updates(message, self._layout)
+    def updates(self, message: Message, device: torch.device) -> tuple[Update, ...]:
+        """The message's bodies, decoded where they will be added."""
+        return messages.updates(message, self._layout, device)
 
     def _call(self, message: Message) -> Message:
         (frame,) = self._transport.call(message.pack())

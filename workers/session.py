@@ -294,7 +294,7 @@ class Session:
         return {Stat.BEFORE: norms.before**0.5, Stat.SENT: norms.sent**0.5, **kept}
 
     def _apply(self, replica: Replica, entry: Entry) -> None:
-        for place, update in zip(replica.layout.segments, self._exchange.updates(entry), strict=True):
+        for place, update in zip(replica.layout.segments, self._exchange.updates(entry, replica.device), strict=True):
             update.subtract_from(replica.w[place.start : place.stop])
         self.version, self._position = entry.version, entry.position
         if entry.weights is not None:
@@ -311,7 +311,7 @@ class Session:
         message = sender.average(compressors, self._exchange.sequence + 1)
         mean = self._exchange.average(self.version, message.bodies)
         received = sender.layout.zeros(self.device)
-        for place, update in zip(sender.layout.segments, self._exchange.updates(mean), strict=True):
+        for place, update in zip(sender.layout.segments, self._exchange.updates(mean, self.device), strict=True):
             update.add_to(received[place.start : place.stop])
         sender.replace(message, received.mul_(self._weights[self._plan.worker] / mean.weight))
 

@@ -114,7 +114,7 @@ def decoders(given: Given, bodies: dict[str, tuple[U8, int]]) -> list[Contender]
 
 
 def _add(body: U8, out: Tensor) -> None:
-    unpack(body, out.numel()).add_to(out)
+    unpack(body, out.numel(), out.device).add_to(out)
 
 
 def summing(given: Given, spec: str) -> list[Contender]:
@@ -130,12 +130,11 @@ def summing(given: Given, spec: str) -> list[Contender]:
         for data in frames[:count]:
             _add(parse(data).bodies[0], out)
 
+    into: Any = out if given.device != "cpu" else out.numpy()
+
     def scatter(count: int) -> None:
         for indices, values in pairs[:count]:
-            if isinstance(indices, Tensor):
-                out[indices] += values
-            else:
-                out.numpy()[indices] += values
+            into[indices] += values
 
     def dense(count: int) -> None:
         for body in bodies[:count]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+import torch
 
 from protocol.kernels.numbers import Extent, Numbers
 
@@ -98,9 +98,9 @@ class Kernels(Protocol):
         """As a numpy array."""
 
 
-def on_device(tensor: Tensor) -> bool:
-    """Whether a tensor is for the kernels of ``device``."""
-    return tensor.device.type != "cpu"
+def on_device(place: torch.device) -> bool:
+    """Whether tensors that are there are for the kernels of ``device``."""
+    return place.type != "cpu"
 
 
 def kernels_of(values: Any) -> Kernels:

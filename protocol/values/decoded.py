@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from protocol.errors import DecodeError
-from protocol.kernels import cpu, cuda_coding, quantise
+from protocol.kernels import cpu, cuda_coding, kernels_of, quantise
 from protocol.kernels.casts import PIECE, widen
 from protocol.kernels.numbers import Numbers
 from protocol.values.casts import Cast
@@ -28,7 +28,7 @@ ALL = slice(None)
 class Symbols:
     """Decoded values that are still symbols: one byte each."""
 
-    symbols: U8
+    symbols: Any  # uint8: an array, or a tensor on the GPU where they were decoded
     numbers: Numbers
 
     @property
@@ -37,10 +37,10 @@ class Symbols:
         return self.numbers.dtype
 
     def __len__(self) -> int:
-        return self.symbols.size
+        return len(self.symbols)
 
     def _part(self, start: int, stop: int) -> Floats:
-        values = self.numbers.table[self.symbols[start:stop]]
+        values: Floats = self.numbers.table[kernels_of(self.symbols).to_host(self.symbols[start:stop])]
         if self.numbers.scales.size > 1:
             values *= self.numbers.scales[np.arange(start, start + values.size) // self.numbers.bucket]
         else:
@@ -80,7 +80,7 @@ class Symbols:
     def add_on_device(self, out: Tensor, indices: Tensor | None, sign: int) -> None:
         """``add_to`` on a GPU, if there is one scale: symbols travel there, one byte each."""
         table = torch.from_numpy(self._table(np.dtype(np.float64 if out.dtype == torch.float64 else np.float32), sign))
-        symbols = torch.from_numpy(np.array(self.symbols)).to(out.device)
+        symbols = torch.as_tensor(self.symbols).to(out.device)
         cuda_coding.lookup_add(out, indices, symbols, table.to(out.device))
 
 

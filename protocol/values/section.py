@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from protocol.coding import digits, entropy, varint
-from protocol.kernels import kernels_of
+from protocol.kernels import cuda_coding, kernels_of, on_device
 from protocol.values import Cast, ValueCode
 from protocol.values.code import U8, Reader, take
 from protocol.values.decoded import Narrowed, Symbols
@@ -76,9 +77,15 @@ def pack(
 
 
 def unpack_values(
-    code: Cast | Reader, coded: bool, data: U8, at: int, count: int, dtype: np.dtype[Any]
+    code: Cast | Reader,
+    coded: bool,
+    data: U8,
+    at: int,
+    count: int,
+    dtype: np.dtype[Any],
+    device: torch.device | None = None,
 ) -> tuple[Values, int]:
-    """``count`` values from ``data[at:]``, and the place behind them.
+    """``count`` values from ``data[at:]``, and the place behind them; symbols on a device if one is given.
 
     Raises:
         DecodeError: the data is truncated, or not what any encoder writes.
@@ -97,6 +104,8 @@ def unpack_values(
         stream, at = _stream(data, at)
         return Symbols(entropy.decode(stream, count, base), numbers), at
     raw, at = take(data, at, digits.size(count, base))
+    if device is not None and on_device(device):
+        return Symbols(cuda_coding.unpack_digits(torch.from_numpy(np.array(raw)).to(device), count, base), numbers), at
     return Symbols(digits.unpack(raw, count, base), numbers), at
 
 

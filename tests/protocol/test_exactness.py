@@ -140,11 +140,11 @@ VALUES = (*LOSSLESS, "f16", "bf16", "int8", "int4", "int2", "sign", "ternary", "
 SELECTIONS = ("", "topk:1e-9+", "blocktopk:0.5,block=3+", "randk:0.01+", "threshold:1e-9+", "lowrank:3+")
 
 
-@every_dtype
 @pytest.mark.parametrize("spec", [s + v for s in SELECTIONS for v in VALUES if s != "lowrank:3+" or v in LOSSLESS])
-def test_one_element_is_sent_exactly(spec, dtype):
-    for value in (1.0, -0.75, 2.0**-12, -1024.0):
-        exact(spec, torch.tensor([value], dtype=dtype))
+def test_one_element_is_sent_exactly(spec):
+    for dtype in DTYPES:
+        for value in (1.0, -0.75, 2.0**-12, -1024.0):
+            exact(spec, torch.tensor([value], dtype=dtype))
 
 
 # --- low rank
@@ -156,8 +156,7 @@ def of_rank(rank, rows, columns, dtype, seed=0):
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
 @pytest.mark.parametrize("spec", ["lowrank:3", "lowrank:3+none", "lowrank:3+f64+entropy"])
-@pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize(("rank", "scale"), [(1, 1.0), (2, 1e-30), (3, 1e30), (3, 1.0)])
 def test_matrices_of_low_rank_are_sent_almost_exactly_one_after_the_other(spec, rank, scale, dtype, error):
     """A batch of one shape, as PowerSGD's: each is its own, whatever the others and the state are."""
     c, state = compressor(spec, (31, 20)), ()

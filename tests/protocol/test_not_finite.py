@@ -112,8 +112,8 @@ def test_the_largest_float32_overflows_nothing_on_its_way(spec, kept):
     assert not kept or torch.isfinite(left).all()
 
 
-@pytest.mark.parametrize("levels", range(1, 128))
-def test_no_number_of_levels_overflows(levels):
+def test_no_number_of_levels_overflows():
     vector = torch.full((3,), LARGEST)
-    payload, _ = compressor(f"qsgd:{levels}").encode(vector, (), 7)
-    assert torch.isfinite(decode(payload, 3)).all()
+    for levels in range(1, 128):
+        payload, _ = compressor(f"qsgd:{levels}").encode(vector, (), 7)
+        assert torch.isfinite(decode(payload, 3)).all(), levels

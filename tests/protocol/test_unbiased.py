@@ -24,9 +24,9 @@ BIASED = (
 )
 SHAPE = (6, 5)
 N = math.prod(SHAPE)
-KEYS = 400
+KEYS = 300
 SIGMAS = 5.0
-SEEN = 20  # times that a coordinate was sent at all; with fewer, no error of its mean is normal
+SEEN = 16  # samples in which a coordinate is not what it mostly is; with fewer, no error of its mean is normal
 
 random = np.random.default_rng(1)
 VECTORS = {
@@ -75,12 +75,12 @@ def mean_at_most(values, bound):
 def test_the_expectation_is_the_vector(spec):
     vector, sent, _ = samples(spec, "moderate", kept=False)
     wrong, error = sent.mean(axis=0) - vector, standard_error(sent)
-    seen = (sent != 0).sum(axis=0) >= SEEN
-    assert seen.sum() >= 20 or spec == "randk:0.01"
-    assert np.all(np.abs(wrong)[seen] <= SIGMAS * error[seen] + 1e-6)
+    seen = (sent != np.median(sent, axis=0)).sum(axis=0) >= SEEN
+    assert seen.sum() >= (0 if spec in ("randk:1", "randk:0.01") else 20)
+    assert np.all(np.abs(wrong)[seen] <= SIGMAS * error[seen])
+    assert np.all(np.square(wrong[seen] / error[seen]).sum() <= 2.5 * seen.sum())
     assert not sent[:, vector == 0].any()
-    certain = error <= 1e-6
-    assert np.square(wrong[~certain] / error[~certain]).mean() <= 2.5 if not certain.all() else True
+    assert spec != "randk:1" or np.array_equal(sent[0], vector)
     for direction in (vector, np.sign(vector), np.arange(N)):  # coordinates together
         along = sent @ direction
         assert abs(along.mean() - vector @ direction) <= SIGMAS * standard_error(along) + 1e-5
