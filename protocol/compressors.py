@@ -176,7 +176,8 @@ class Pipeline:
         contract = arrays.out is not None or self.omega(numel) is None
         values, rest, scaled = picked.values, arrays.out, None
         if not contract and isinstance(self.selection, RandK):
-            scaled = values * float(dtype.type(1.0 / self.selection.delta(numel)))
+            factor, largest = float(dtype.type(1.0 / self.selection.delta(numel))), float(np.finfo(dtype).max)
+            scaled = values.clip(-largest / factor, largest / factor) * factor
             values = rest = scaled * 1
         packed = pack(code, values, ~key % 2**64, contract, self.entropy, picked.indices if contract else None, rest)
         if norms is not None:

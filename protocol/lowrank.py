@@ -7,11 +7,12 @@ Differences: every sender projects its own matrix, where the paper averages ``P`
 orthogonalisation (there is no all-reduce here); ``P`` is orthogonalised by Householder reflections, which
 rank-deficient matrices do not disturb; where the kept ``Q`` sends less than a random one would on
 average, a random one is taken, so that the contraction is sure; tensors that are no matrix, or too small
-to save anything, are sent as they are, in the same value code.
+to save anything, or that hold numbers near the largest, are sent as they are, in the same value code.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 
 from protocol import segment
-from protocol.compressors import U8, Arrays, Norms, State, check
+from protocol.compressors import U8, Arrays, Norms, Pipeline, State, check
 from protocol.kernels.casts import narrow
+from protocol.selections import Everything
 from protocol.values import Cast
 from protocol.values.section import pack
 
@@ -65,6 +67,11 @@ class LowRank:
         squares = arrays.kernels.fill(arrays.vector, arrays.residual, arrays.total)
         check(squares)
         total, body = torch.as_tensor(arrays.total), segment.nothing(code, arrays.dtype, vector.numel())
+        largest = float(np.finfo(arrays.dtype).max)
+        if float(total.abs().max()) > largest / (2 * self.rank * math.sqrt(self.rows)):  # no room for sums
+            plain = Pipeline(Everything(), code, self.entropy)
+            body, _ = plain.encode(total, (), key, None, total if arrays.out is not None else None, norms)
+            return body, state
         if total.any():
             warm = state if isinstance(state, Tensor) else None
             left, right, state = self._factors(total.view(self.rows, self.columns), code.dtype, warm, key)
@@ -73,8 +80,8 @@ class LowRank:
         if norms is not None:
             sent = received.dense().to(total.device)
             norms.before += squares
-            norms.sent += float(sent.square().sum(dtype=torch.float64))
-            norms.left += float((total - sent).square().sum(dtype=torch.float64))
+            norms.sent += _square(sent)
+            norms.left += _square(total - sent)
         if arrays.out is not None:
             received.subtract_from(total)
         return body, state
@@ -113,3 +120,7 @@ class LowRank:
     def omega(self, numel: int) -> float | None:
         """Biased."""
         return None
+
+
+def _square(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64).square())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from protocol.kernels import kernels_of
 from protocol.kernels.permutation import chosen
 
@@ -118,13 +120,9 @@ class BlockTopK:
 
     def pick(self, vector: Any, residual: Any, total: Any, key: int) -> Picked:
         """See ``Selection``."""
-        last = len(vector) % self.block
-        full = _k(self.ratio, self.block)
-        return Picked(
-            *kernels_of(vector).block_top_k(
-                vector, residual, total, self.block, full, _k(self.ratio, last) if last else full
-            )
-        )
+        select, block = kernels_of(vector).block_top_k, min(self.block, len(vector))
+        last = _k(self.ratio, len(vector) % block or block)
+        return Picked(*select(vector, residual, total, block, _k(self.ratio, block), last))
 
     def count(self, numel: int) -> int:
         """See ``Selection``."""
@@ -176,6 +174,13 @@ class RandK:
         return 1.0 / self.delta(numel) - 1.0
 
 
+def _least(level: float, dtype: np.dtype[Any]) -> float:
+    """The smallest number of the dtype that is not below a level, which may be between two of them."""
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = dtype.type(level)
+    return float(rounded if float(rounded) >= level else np.nextafter(rounded, dtype.type(np.inf)))
+
+
 @dataclass(frozen=True)
 class Threshold:
     """Every element whose magnitude is at least ``level`` (Strom 2015; Dutta et al. 2020).
@@ -193,7 +198,8 @@ class Threshold:
 
     def pick(self, vector: Any, residual: Any, total: Any, key: int) -> Picked:
         """See ``Selection``."""
-        return Picked(*kernels_of(vector).at_least(vector, residual, total, self.level))
+        kernels = kernels_of(vector)
+        return Picked(*kernels.at_least(vector, residual, total, _least(self.level, kernels.dtype_of(vector))))
 
     def count(self, numel: int) -> int:
         """See ``Selection``."""

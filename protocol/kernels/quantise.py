@@ -216,7 +216,8 @@ def by_knot(values: Floats, shift: int, bottom: int, cells: U8, knots: Floats, f
     """The place of each magnitude among ``fine`` steps between the knots of its cell, plus ``half`` if negative."""
     bits, mask = as_bits(values)
     symbols = np.empty(values.size, np.uint8)
-    steps = fine / np.diff(knots.astype(np.float64))
+    with np.errstate(over="ignore"):  # between denormal numbers
+        steps = np.minimum(fine / np.diff(knots.astype(np.float64)), np.finfo(np.float64).max)
 
     def write(a: int, b: int) -> None:
         _by_knot(values[a:b], bits[a:b], mask, shift, bottom, cells, knots, steps, fine, half, symbols[a:b])

@@ -58,24 +58,40 @@ def _best_rows(gain, counts, sums, edges, cells):  # type: ignore[no-untyped-def
     return cuts
 
 
-def partition(gain: int, counts: npt.NDArray[np.int64], sums: Floats, edges: Floats, cells: int) -> list[int]:
-    """The borders of at most ``cells`` cells: bin numbers, 0 first and the number of bins last.
+def means(counts: npt.NDArray[np.int64], sums: Floats, cells: int) -> list[int]:
+    """The borders of at most ``cells`` cells, each sent as its mean: bin numbers, the last one is the number of bins.
 
     Args:
-        gain: 0 for cells that send their mean, 1 for cells that are divided into equal steps.
         counts: of magnitudes in each bin.
         sums: of magnitudes in each bin, float64.
-        edges: one more than bins, ascending, float64; gain 1 only.
         cells: at least 1.
     """
     there = np.flatnonzero(counts)
-    cells = min(cells, there.size)
+    cuts = _partition(0, counts[there], sums[there], there.astype(np.float64), min(cells, there.size))
+    return [0, *(int(there[cut]) for cut in cuts[1:-1]), counts.size]
+
+
+def steps(counts: npt.NDArray[np.int64], edges: Floats, cells: int) -> list[int]:
+    """The borders of at most ``cells`` cells, each divided into equal steps; gaps can be cells of their own.
+
+    Args:
+        counts: of magnitudes in each bin.
+        edges: one more than bins, ascending, float64.
+        cells: at least 1.
+    """
+    there = np.flatnonzero(counts)
+    points = np.union1d(there, there + 1)
+    between = counts[points[:-1]]  # a bin, or a gap, which begins with an empty one
+    cuts = _partition(1, between, between.astype(np.float64), edges[points], min(cells, between.size))
+    return [int(points[cut]) for cut in cuts]
+
+
+def _partition(gain: int, counts: npt.NDArray[np.int64], sums: Floats, edges: Floats, cells: int) -> list[int]:
+    """Where the cells begin, 0 first, and the number of bins; ``edges`` are those that gain 1 needs."""
     zero = np.zeros(1)
-    counted = np.concatenate([zero, np.cumsum(counts[there])])
-    summed = np.concatenate([zero, np.cumsum(sums[there])])
-    cuts = _best_rows(gain, counted, summed, np.append(edges[there], edges[-1]), cells)
-    borders = [there.size]
+    counted, summed = np.concatenate([zero, np.cumsum(counts)]), np.concatenate([zero, np.cumsum(sums)])
+    cuts = _best_rows(gain, counted, summed, np.resize(edges, counts.size + 1), cells)
+    borders = [counts.size]
     for m in reversed(range(cells)):
         borders.append(int(cuts[m, borders[-1]]))
-    inner = [int(there[b]) for b in borders[-2:0:-1]]
-    return [0, *inner, counts.size]
+    return borders[::-1]

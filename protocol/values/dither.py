@@ -63,7 +63,9 @@ class Dither:
         symbols = kernels.by_dither(values, self.levels, units, bucket, key)
         if contract:
             units = units * np.divide(squares, expected, out=np.zeros_like(units), where=expected > 0)
-        sent = np.minimum(units, np.finfo(dtype).max / self.levels).astype(dtype)
+        limit = np.float64(np.finfo(dtype).max) / self.levels  # not a Python float, which would be rounded to compare
+        sent = np.minimum(units, limit).astype(dtype)
+        sent = np.where(sent > limit, np.nextafter(sent, dtype.type(0)), sent)  # rounded up
         head = bytes([self.levels]) + pack(self.bucket) + sent.tobytes()
         return Quantised(head, 2 * self.levels + 1, symbols, self._numbers(self.levels, sent, bucket))
 
@@ -83,7 +85,7 @@ class Dither:
             raise DecodeError(f"the segment has {levels[0]} levels; valid are 1 to {MAX_LEVELS}")
         size = self._size(bucket, count)
         units, at = scale_of(data, at, -(-count // size), dtype)
-        if not np.isfinite(units * units.dtype.type(levels[0])).all():
+        if units.max() > np.float64(np.finfo(dtype).max) / levels[0]:
             raise DecodeError("the segment has levels that overflow")
         return 2 * int(levels[0]) + 1, self._numbers(int(levels[0]), units, size), at
 

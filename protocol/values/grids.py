@@ -21,7 +21,7 @@ import numpy as np
 from protocol.errors import DecodeError
 from protocol.kernels import kernels_of
 from protocol.kernels.numbers import Numbers
-from protocol.values.cells import BIN_BITS, BIN_RATIO, OCTAVES, partition
+from protocol.values.cells import BIN_BITS, BIN_RATIO, OCTAVES, means, steps
 from protocol.values.code import U8, Floats, Quantised, as_bytes, take
 
 
@@ -126,18 +126,20 @@ class Grid:
         shift = max(0, (highest - lowest).bit_length() - BIN_BITS)
         bottom, top = lowest >> shift, highest >> shift
         counts, sums = kernels.histogram(values, shift, bottom, top - bottom + 1)
-        edges = _edges(top, bottom, shift, dtype)
-        if extent.low < least:
-            edges[0] = 0.0  # the lowest bin takes all that is smaller
-        borders = partition(int(self.fine > 1), counts, sums, edges, self._half // self.fine)
-        cells = np.repeat(np.arange(len(borders) - 1, dtype=np.uint8), np.diff(borders))
         knots: Floats
         if self.fine == 1:
+            borders = means(counts, sums, self._half)
             knots = np.add.reduceat(sums, borders[:-1]) / np.add.reduceat(counts, borders[:-1])
+        else:
+            edges = _edges(top, bottom, shift, dtype)
+            if extent.low < least:
+                edges[0] = 0.0  # the lowest bin takes all that is smaller
+            borders = steps(counts, edges, self._half // self.fine)
+            knots = edges[borders]
+        cells = np.searchsorted(borders[1:-1], np.arange(counts.size), side="right").astype(np.uint8)
+        if self.fine == 1:
             symbols = kernels.by_cell(values, shift, bottom, cells, self._half)
         else:
-            borders[0] = int(np.flatnonzero(counts)[0])  # no step below the smallest magnitude
-            knots = edges[borders]
             symbols = kernels.by_knot(values, shift, bottom, cells, knots.astype(dtype), self.fine, self._half)
         head, received = _pack(knots.astype(dtype), whole=self.fine > 1)
         return Quantised(head, self.base, symbols, self._numbers(received))

@@ -94,11 +94,11 @@ def unpack_values(
         if not coded:
             raw, at = take(data, at, count * code.dtype.itemsize)
             return Narrowed(raw, code, dtype).check(), at
-        planes = np.empty((code.dtype.itemsize, count), np.uint8)
-        for plane in planes:
+        planes = []
+        for _ in range(code.dtype.itemsize):
             stream, at = _stream(data, at)
-            plane[:] = entropy.decode(stream, count, 256)
-        return Narrowed(np.ascontiguousarray(planes.T).reshape(-1), code, dtype).check(), at
+            planes.append(entropy.decode(stream, count, 256))
+        return Narrowed(np.stack(planes, axis=1).reshape(-1), code, dtype).check(), at
     base, numbers, at = code.read(data, at, count, dtype)
     if coded:
         stream, at = _stream(data, at)

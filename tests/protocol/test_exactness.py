@@ -154,7 +154,7 @@ def of_rank(rank, rows, columns, dtype, seed=0):
     return as_tensor(random(seed).normal(size=(rows, rank)) @ random(seed + 1).normal(size=(rank, columns)), dtype)
 
 
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 5e-6), (torch.float64, 5e-14)])
 @pytest.mark.parametrize("spec", ["lowrank:3", "lowrank:3+none", "lowrank:3+f64+entropy"])
 @pytest.mark.parametrize(("rank", "scale"), [(1, 1.0), (2, 1e-30), (3, 1e30), (3, 1.0)])
 def test_matrices_of_low_rank_are_sent_almost_exactly_one_after_the_other(spec, rank, scale, dtype, error):

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from protocol import compressor, decode
-from protocol.values.cells import partition
+from protocol.values.cells import means, steps
 
 N = 1_000_000
 random = np.random.default_rng(2)
@@ -149,11 +149,11 @@ def loss(gain, counts, sums, edges, borders):
     return total
 
 
-def best_by_trying(gain, counts, sums, edges, cells):
-    inner = range(1, counts.size)
+def best_by_trying(gain, counts, sums, edges, cells, inner=None):
+    inner = range(1, counts.size) if inner is None else inner
     return min(
         loss(gain, counts, sums, edges, (0, *cuts, counts.size))
-        for number in range(min(cells, counts.size))
+        for number in range(min(cells, len(inner) + 1))
         for cuts in combinations(inner, number)
     )
 
@@ -171,7 +171,7 @@ def test_the_partition_is_the_best_there_is(counts, gain, cells, ratio, seed):
     counts = np.array(counts, np.int64)
     edges = ratio ** np.arange(counts.size + 1.0)
     sums = counts * np.random.default_rng(seed).uniform(edges[:-1], edges[1:])
-    borders = partition(gain, counts, sums, edges, cells)
+    borders = steps(counts, edges, cells) if gain else means(counts, sums, cells)
     assert borders[0] == 0
     assert borders[-1] == counts.size
     assert all(low < high for low, high in pairwise(borders))
@@ -186,7 +186,21 @@ def test_bins_that_are_empty_cost_nothing(counts, cells):
     counts = np.array([*counts, 3], np.int64)
     edges = 1.5 ** np.arange(counts.size + 1.0)
     sums = counts * edges[:-1] * 1.2
-    borders = partition(0, counts, sums, edges, cells)
+    borders = means(counts, sums, cells)
     assert all(counts[low:high].sum() > 0 for low, high in pairwise(borders))
     best = best_by_trying(0, counts, sums, edges, cells)
     assert loss(0, counts, sums, edges, borders) <= best + 1e-9 * abs(best)
+
+
+@settings(deadline=None, max_examples=300)
+@given(counts=st.lists(st.sampled_from([0, 0, 0, 1, 7, 1000]), max_size=8), cells=st.integers(1, 6))
+def test_a_gap_between_magnitudes_takes_no_steps_where_a_cell_can_be_spared_for_it(counts, cells):
+    counts = np.array([3, *counts, 3], np.int64)
+    edges = 1.5 ** np.arange(counts.size + 1.0)
+    borders = steps(counts, edges, cells)
+    assert (borders[0], borders[-1]) == (0, counts.size)
+    assert all(low < high for low, high in pairwise(borders))
+    assert len(borders) - 1 <= cells
+    beside = [i for i in range(1, counts.size) if counts[i - 1] or counts[i]]  # a magnitude, not within a gap
+    best = best_by_trying(1, counts, counts * 1.0, edges, cells, beside)
+    assert loss(1, counts, counts * 1.0, edges, borders) <= best + 1e-9 * abs(best)
