@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from protocol import DecodeError
 from protocol.coding import rice, varint
-from protocol.compressors import TopK
+from protocol.selections import TopK
 
 LARGE = 25_000_000
 
@@ -85,7 +85,7 @@ def test_every_parameter_decodes_what_the_docstring_of_the_format_describes(b):
 
 @pytest.mark.parametrize("density", [0.1, 0.01, 0.001, 0.0001])
 def test_a_random_selection_takes_at_most_three_percent_more_than_its_information(density):
-    count = TopK(density, "none").count(LARGE)
+    count = TopK(density).count(LARGE)
     b, data = rice.encode(chosen(LARGE, count, seed=count), LARGE)
     stream = 8 * (len(varint.pack(count)) + len(bytes([b])) + data.size)
     information = math.lgamma(LARGE + 1) - math.lgamma(count + 1) - math.lgamma(LARGE - count + 1)
