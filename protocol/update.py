@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from protocol.values.decoded import Narrowed, Symbols
 
 Floats = npt.NDArray[np.floating[Any]]
 
-STRIP = 1 << 20  # elements that stay in the last-level cache while several updates are added to them
+STRIP = 1 << 19  # elements that stay in the last-level cache while several updates are added to them
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,25 @@ def accumulate(updates: Sequence[Update], out: Tensor) -> None:
 
     Sparse updates are added strip by strip, so that what several of them touch is in the cache.
     """
-    sparse = [u for u in updates if u.indices is not None and isinstance(u.coded, Symbols | Narrowed)]
-    if on_device(out.device) or len(sparse) < max(2, len(updates)) or out.numel() <= STRIP:
+    strips = -(-out.numel() // STRIP)
+    adders = [] if on_device(out.device) or strips < 2 else [_adder(u, out.numpy(), strips) for u in updates]
+    if len(adders) < 2 or None in adders:
         for update in updates:
             update.add_to(out)
         return
-    array, edges = out.numpy(), np.arange(0, out.numel() + STRIP, STRIP)
-    borders = [np.searchsorted(u.indices, edges) for u in sparse if u.indices is not None]
 
     def add(first: int, last: int) -> None:
         for strip in range(first, last):
-            for u, border in zip(sparse, borders, strict=True):
-                assert not isinstance(u.coded, Product)
-                u.coded.add_to(array, u.indices, 1, slice(border[strip], border[strip + 1]))
+            for adder in adders:
+                adder(strip)  # type: ignore[misc]
 
-    over(spans(edges.size - 1, 1, worth=2), add)
+    over(spans(strips, 1, worth=1), add)
+
+
+def _adder(update: Update, out: Floats, strips: int) -> Callable[[int], None] | None:
+    """Adds what an update has in one strip of ``out``; None if it is not sparse."""
+    if update.indices is None or isinstance(update.coded, Product):
+        return None
+    indices, add = update.indices, update.coded.adder(out)
+    borders = np.searchsorted(indices, np.arange(0, strips + 1) * STRIP).tolist()
+    return lambda strip: add(indices[borders[strip] : borders[strip + 1]], borders[strip])

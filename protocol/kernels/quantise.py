@@ -173,7 +173,8 @@ def _add_all(out, symbols, table):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _add_at(out, symbols, table, indices):  # type: ignore[no-untyped-def]
+def add_at(out, symbols, table, indices):  # type: ignore[no-untyped-def]
+    """``out[indices] += table[symbols]``."""
     for i in range(symbols.size):
         out[np.uint64(indices[i])] += table[symbols[i]]  # unsigned: no index counts from the end
 
@@ -299,6 +300,6 @@ def add(out: Floats, symbols: U8, table: Floats, indices: Indices | None) -> Non
         if indices is None:
             _add_all(out[a:b], symbols[a:b], table)
         else:
-            _add_at(out, symbols[a:b], table, indices[a:b])
+            add_at(out, symbols[a:b], table, indices[a:b])
 
     over(spans(symbols.size, GRAIN), write)

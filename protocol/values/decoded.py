@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,6 @@ from protocol.values.casts import Cast
 U8 = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.floating[Any]]
 Indices = npt.NDArray[np.int64]
-
-ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -56,21 +54,20 @@ class Symbols:
         """The values in one array."""
         return self._part(0, len(self))
 
-    def add_to(self, out: Floats, indices: Indices | None, sign: int, part: slice = ALL) -> None:
-        """``out[indices] += sign * values`` for a part of them, each rounded to out's dtype first.
-
-        Without indices, everywhere.
-        """
-        places = None if indices is None else indices[part]
+    def add_to(self, out: Floats, indices: Indices | None, sign: int) -> None:
+        """``out[indices] += sign * values``, each rounded to out's dtype first; everywhere without indices."""
         if self.numbers.scales.size == 1:
-            symbols = self.symbols[part]
-            into = out[part] if indices is None else out
-            quantise.add(into, symbols, self._table(out.dtype, sign), places)
+            quantise.add(out, self.symbols, self._table(out.dtype, sign), indices)
             return
-        begin, end, _ = part.indices(len(self))
-        for start in range(begin, end, PIECE):
-            stop = min(start + PIECE, end)
-            add_values(out, self._part(start, stop), start, None if indices is None else indices[start:stop], sign)
+        for start, values in self.pieces():
+            add_values(out, values, start, indices, sign)
+
+    def adder(self, out: Floats) -> Callable[[Indices, int], None]:
+        """What adds the values from one on to ``out``, at as many indices as it is given."""
+        if self.numbers.scales.size > 1:
+            return lambda indices, start: add_values(out, self._part(start, start + indices.size), 0, indices, 1)
+        symbols, table = self.symbols, self._table(out.dtype, 1)
+        return lambda indices, start: quantise.add_at(out, symbols[start : start + indices.size], table, indices)
 
     def _table(self, dtype: np.dtype[Any], sign: int) -> Floats:
         """What each symbol adds if there is one scale, rounded in the message's width first."""
@@ -118,19 +115,27 @@ class Narrowed:
             raise DecodeError("the segment holds values that are not finite")
         return self
 
-    def add_to(self, out: Floats, indices: Indices | None, sign: int, part: slice = ALL) -> None:
+    def add_to(self, out: Floats, indices: Indices | None, sign: int) -> None:
         """As ``Symbols.add_to``."""
-        begin, end, _ = part.indices(len(self))
-        for start in range(begin, end, PIECE):
-            stop = min(start + PIECE, end)
-            add_values(out, self._part(start, stop), start, None if indices is None else indices[start:stop], sign)
+        for start, values in self.pieces():
+            add_values(out, values, start, indices, sign)
+
+    def adder(self, out: Floats) -> Callable[[Indices, int], None]:
+        """As ``Symbols.adder``."""
+        return lambda indices, start: add_values(out, self._part(start, start + indices.size), 0, indices, 1)
 
 
 def add_values(out: Floats, values: Floats, start: int, indices: Indices | None, sign: int) -> None:
-    """``out[indices] += sign * values``, or from ``out[start]`` on; each value is rounded to its dtype first."""
+    """Add ``sign * values``, which are those from ``start`` on, to ``out``; each is rounded to its dtype first.
+
+    Args:
+        indices: of all values, or with ``start`` 0 of these; without them the values stand side by side.
+    """
     values = values.astype(out.dtype, copy=False)
+    stop = start + values.size
     if indices is not None:
-        cpu.add_at(out, indices, values if sign > 0 else -values)
-        return
-    into = out[start : start + values.size]
-    np.add(into, values, out=into) if sign > 0 else np.subtract(into, values, out=into)
+        cpu.add_at(out, indices[start:stop], values if sign > 0 else -values)
+    elif sign > 0:
+        np.add(out[start:stop], values, out=out[start:stop])
+    else:
+        np.subtract(out[start:stop], values, out=out[start:stop])
