@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from protocol.kernels.cpu import magnitudes, set_at
+from protocol.kernels.sums import magnitudes, set_at
 
 Floats = npt.NDArray[np.floating[Any]]
 Indices = npt.NDArray[np.int64]

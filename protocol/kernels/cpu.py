@@ -19,15 +19,14 @@ import numpy.typing as npt
 from numba import njit
 
 from protocol.kernels.bits import LANES, reaching
-from protocol.kernels.threads import Span, over, spans
+from protocol.kernels.sums import BLOCK, as_bits, fill, fill_span, finite_sum
+from protocol.kernels.threads import over, spans
 from protocol.kernels.words import zeros_below
 
 Floats = npt.NDArray[np.floating[Any]]
 Indices = npt.NDArray[np.int64]
 Picked = tuple[Indices, Floats, float]
 
-CACHED = 1 << 12  # values of two vectors that stay in the first-level cache
-BLOCK = 1 << 14  # values that stay in the second-level cache between the inner loops; a multiple of LANES
 SAMPLE = 1 << 16  # magnitudes at most from which the threshold is estimated
 SHARE = 64  # one in so many
 FEW = 16  # one in so many reaches a threshold that is given, or all are looked at again
@@ -35,92 +34,6 @@ SMALL = 1 << 14  # elements below which a sample costs more than it saves
 LAST = np.uint64(1 << 63)
 BINS = 1 << 12  # of the histogram in which the k-th magnitude is found
 SLACK = 4.5  # standard deviations by which the sample may overestimate the threshold
-
-
-# reassociation lets the sums of squares use vector registers; nothing else in here may be reordered,
-# and "contract" must stay off, since a fused multiply-add would differ from the decoder's arithmetic
-@njit(cache=True, nogil=True, fastmath={"reassoc"})
-def _add(vector, residual, total):  # type: ignore[no-untyped-def]
-    squares = 0.0
-    for i in range(vector.size):
-        value = vector[i] + residual[i]
-        total[i] = value
-        squares += np.float64(value) * np.float64(value)
-    return squares
-
-
-@njit(cache=True, nogil=True, fastmath={"reassoc"})
-def _copy(vector, total):  # type: ignore[no-untyped-def]
-    squares = 0.0
-    for i in range(vector.size):
-        total[i] = vector[i]
-        squares += np.float64(vector[i]) * np.float64(vector[i])
-    return squares
-
-
-@njit(cache=True, nogil=True, fastmath={"reassoc"})
-def magnitudes(values):  # type: ignore[no-untyped-def]
-    """Sum of ``|value|`` and of ``value**2`` in float64."""
-    total, squares = 0.0, 0.0
-    for i in range(values.size):
-        value = np.float64(values[i])
-        total += np.abs(value)
-        squares += value * value
-    return total, squares
-
-
-@njit(cache=True, nogil=True, fastmath={"reassoc"})
-def _squares(vector, residual):  # type: ignore[no-untyped-def]
-    squares = 0.0
-    for i in range(vector.size):
-        value = np.float64(vector[i] + residual[i])
-        squares += value * value
-    return squares
-
-
-@njit(cache=True, nogil=True)
-def _add_onto(vector, total):  # type: ignore[no-untyped-def]
-    """Two arrays, not three of which two are one: LLVM makes vectors only of what cannot overlap."""
-    for i in range(vector.size):
-        total[i] += vector[i]
-
-
-@njit(cache=True, nogil=True)
-def _take_back(vector, total, start, stop):  # type: ignore[no-untyped-def]
-    for i in range(start, stop):
-        total[i] -= vector[i]
-
-
-@njit(cache=True, nogil=True)
-def _fill(vector, residual, total, origin, start, stop, squares):  # type: ignore[no-untyped-def]
-    """Write ``vector + residual`` (an empty residual is zero) and add its sum of squares to ``squares``.
-
-    If that is not finite and ``total`` is the residual, the vector is taken off again from ``origin`` on.
-    """
-    if residual.size and total.ctypes.data == residual.ctypes.data:
-        for first in range(start, stop, CACHED):
-            last = min(first + CACHED, stop)
-            squares += _squares(vector[first:last], residual[first:last])
-            if not np.isfinite(squares):
-                _take_back(vector, total, origin, first)
-                return squares
-            _add_onto(vector[first:last], total[first:last])
-        return squares
-    if residual.size:
-        return squares + _add(vector[start:stop], residual[start:stop], total[start:stop])
-    if total.ctypes.data == vector.ctypes.data:
-        return squares + magnitudes(vector[start:stop])[1]
-    return squares + _copy(vector[start:stop], total[start:stop])
-
-
-def _finite(squares: list[float], parts: list[Span], vector: Floats, residual: Floats | None, total: Floats) -> float:
-    """The sum of the squares of all spans; if it is not finite, a residual that was written is restored."""
-    everything = float(sum(squares))
-    if not np.isfinite(everything) and residual is not None and np.shares_memory(total, residual):
-        for (start, stop), own in zip(parts, squares, strict=True):
-            if np.isfinite(own):  # else the kernel has done it
-                _take_back(vector, total, start, stop)
-    return everything
 
 
 @njit(cache=True, nogil=True)
@@ -163,7 +76,7 @@ def _scan(vector, residual, total, start, stop, threshold, found, values):  # ty
     count, squares = 0, 0.0
     for first in range(start, stop, BLOCK):
         last = min(first + BLOCK, stop)
-        squares = _fill(vector, residual, total, start, first, last, squares)
+        squares = fill_span(vector, residual, total, start, first, last, squares)
         if not np.isfinite(squares):
             break
         if count <= found.size - 2 * BLOCK:
@@ -221,12 +134,6 @@ def _kth_bin(bits, mask, k, counts):  # type: ignore[no-untyped-def]
     return low + (place << shift), shift, k, counts[place]
 
 
-def as_bits(values: Floats) -> tuple[npt.NDArray[Any], Any]:
-    """The IEEE bits of the values and the mask that takes off the sign; magnitudes are ordered as they are."""
-    bits: npt.NDArray[Any] = values.view(f"i{values.dtype.itemsize}")
-    return bits, bits.dtype.type((1 << (8 * values.dtype.itemsize - 1)) - 1)
-
-
 @njit(cache=True, nogil=True)
 def _bin_members(bits, mask, start, shift, members):  # type: ignore[no-untyped-def]
     count = 0
@@ -247,20 +154,6 @@ def _kth(values: Floats, k: int) -> tuple[Any, int]:
     members.partition(place)
     ties = 1 + int(np.count_nonzero(members[place + 1 :] == members[place]))
     return members[place : place + 1].view(values.dtype)[0], ties
-
-
-@njit(cache=True, nogil=True)
-def set_at(total, indices, values):  # type: ignore[no-untyped-def]
-    """``total[indices] = values``."""
-    for i in range(indices.size):
-        total[np.uint64(indices[i])] = values[i]
-
-
-@njit(cache=True, nogil=True)
-def add_at(total, indices, values):  # type: ignore[no-untyped-def]
-    """``total[indices] += values``."""
-    for i in range(indices.size):
-        total[np.uint64(indices[i])] += values[i]
 
 
 def _threshold(vector: Floats, residual: Floats, k: int) -> float:
@@ -338,24 +231,12 @@ def _candidates(
         return places[row, :count], kept[row, :count], squares, count > size - BLOCK
 
     parts = over(parts_of, scan)
-    squares = _finite([part[2] for part in parts], parts_of, vector, residual, total)
+    squares = finite_sum([part[2] for part in parts], parts_of, vector, residual, total)
     if any(part[3] for part in parts):
         return None, total, squares
     if len(parts) == 1:
         return parts[0][0], parts[0][1], squares
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]), squares
-
-
-def fill(vector: Floats, residual: Floats | None, total: Floats) -> float:
-    """Write ``vector + residual`` to ``total`` (which may be ``vector``) and return its sum of squares."""
-    added, parts = vector[:0] if residual is None else residual, spans(vector.size, BLOCK)
-    squares = over(parts, lambda start, stop: _fill(vector, added, total, start, start, stop, 0.0))
-    return _finite(squares, parts, vector, residual, total)
-
-
-def squares(values: Floats) -> float:
-    """``|values|**2`` in float64; not finite if a value is not."""
-    return float(sum(part[1] for part in over(spans(values.size, BLOCK), lambda a, b: magnitudes(values[a:b]))))
 
 
 def at_least(vector: Floats, residual: Floats | None, total: Floats, threshold: float) -> Picked:
@@ -377,7 +258,7 @@ def _block_top_k(vector, residual, total, start, stop, block, k, k_last, shrink,
     for first in range(start, stop, block):
         last = min(first + block, stop)
         want = k if last - first == block else k_last
-        squares = _fill(vector, residual, total, start, first, last, squares)
+        squares = fill_span(vector, residual, total, start, first, last, squares)
         if not np.isfinite(squares):
             break
         met = _collect(total, first, last, guess, places, values, 0)
@@ -409,5 +290,5 @@ def block_top_k(vector: Floats, residual: Floats | None, total: Floats, block: i
 
     parts_of = spans(vector.size, block)
     parts = over(parts_of, scan)
-    squares = _finite([part[2] for part in parts], parts_of, vector, residual, total)
+    squares = finite_sum([part[2] for part in parts], parts_of, vector, residual, total)
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]), squares

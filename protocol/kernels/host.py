@@ -10,7 +10,7 @@ import numpy.typing as npt
 from protocol.coding.digits import pack as pack_digits
 from protocol.coding.indices import encode as pack_indices
 from protocol.kernels.casts import settle_cast
-from protocol.kernels.cpu import at_least, block_top_k, fill, squares, top_k
+from protocol.kernels.cpu import at_least, block_top_k, top_k
 from protocol.kernels.quantise import (
     by_cell,
     by_dither,
@@ -23,6 +23,7 @@ from protocol.kernels.quantise import (
     negative,
     settle,
 )
+from protocol.kernels.sums import fill, squares
 
 __all__ = [
     "at",

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from protocol.kernels.cpu import as_bits
 from protocol.kernels.numbers import Extent, Numbers
+from protocol.kernels.sums import as_bits
 from protocol.kernels.threads import over, spans
 
 Floats = npt.NDArray[np.floating[Any]]

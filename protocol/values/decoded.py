@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from protocol.errors import DecodeError
-from protocol.kernels import cpu, cuda_coding, kernels_of, quantise
+from protocol.kernels import cuda_coding, kernels_of, quantise, sums
 from protocol.kernels.casts import PIECE, widen
 from protocol.kernels.numbers import Numbers
 from protocol.values.casts import Cast
@@ -134,7 +134,7 @@ def add_values(out: Floats, values: Floats, start: int, indices: Indices | None,
     values = values.astype(out.dtype, copy=False)
     stop = start + values.size
     if indices is not None:
-        cpu.add_at(out, indices[start:stop], values if sign > 0 else -values)
+        sums.add_at(out, indices[start:stop], values if sign > 0 else -values)
     elif sign > 0:
         np.add(out[start:stop], values, out=out[start:stop])
     else:

@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ import torch
 from protocol import DecodeError
 from protocol.coding import digits, rice
 from protocol.errors import SettingsError
-from protocol.kernels import cuda, cuda_coding, reference
+from protocol.kernels import cuda, cuda_coding
 
+reference = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("reference.py"))))  # tests are no package
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRET = str(int(DEVICE == "cpu"))  # triton asks for it when it is imported, and again when a kernel runs
 with pytest.MonkeyPatch.context() as patch:

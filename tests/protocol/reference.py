@@ -9,7 +9,7 @@ from torch import Tensor
 def top_k(vector: Tensor, residual: Tensor | None, total: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
     """The ``k`` largest ``|vector + residual|``: ascending indices, values, and ``|vector + residual|**2``.
 
-    The contract is that of ``protocol.kernels.cpu.top_k``: ties go to the lowest index, zeros are
+    The contract is that of ``protocol.kernels.Kernels``: ties go to the lowest index, zeros are
     never selected, ``total`` receives the sum (with ``residual=None`` it must be ``vector`` itself).
     """
     if residual is not None:
