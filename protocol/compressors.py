@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from protocol import segment
@@ -24,6 +25,8 @@ from protocol.values import ValueCode
 from protocol.values.section import pack
 
 U8 = npt.NDArray[np.uint8]
+
+VALUES = 2**64 - 1  # taken with a key: for the values other randomness than for the selection
 State = tuple[()] | Tensor
 
 
@@ -61,7 +64,7 @@ class Compressor(Protocol):
             vector: shape ``(n,)``, float32 or float64, contiguous, CPU or CUDA. Not altered,
                 unless it is ``residual_out`` itself.
             state: what ``init`` or the last call returned. Not altered.
-            key: a number of 64 bits that fixes all randomness of this call; equal keys give equal bytes.
+            key: an integer, modulo 2**64, that fixes all randomness of this call; equal keys give equal bytes.
             residual: the same shape and dtype as ``vector``; None for zeros.
             residual_out: receives the new residual; by default ``residual`` itself. A separate
                 buffer keeps the old residual, which is what staging needs. If neither is given, what is
@@ -73,14 +76,15 @@ class Compressor(Protocol):
 
         Raises:
             NotFiniteError: the sum holds NaN or Inf, or its square overflows float64 (magnitudes
-                beyond 1e154). ``residual`` and ``norms`` are as they were, a residual that is written in
-                place to rounding.
+                beyond 1e154). ``residual`` and ``norms`` are as they were.
+            ValueError: the tensors do not fit each other or this description.
         """
 
     def delta(self, numel: int) -> float:
         """The declared contraction for vectors of ``numel`` elements; in expectation for a random compressor.
 
-        Up to rounding, to underflow, and to overflow of a value code narrower than the vector.
+        Up to rounding, to underflow, and to overflow: of a value code narrower than the vector, of ``qsgd`` where
+        the norm is near the largest number, of ``natural`` where the next power of two is beyond it.
         """
 
     def omega(self, numel: int) -> float | None:
@@ -108,11 +112,15 @@ class Arrays:
 
     @staticmethod
     def of(vector: Tensor, residual: Tensor | None, residual_out: Tensor | None) -> Arrays:
-        """On a GPU, refuses a vector that is not finite before it overwrites a residual in place."""
+        """Refuses what the kernels take for granted, and a sum that is not finite before it overwrites a residual."""
         out = residual if residual_out is None else residual_out
-        given, added, rest = (x if x is None or on_device(x.device) else x.numpy() for x in (vector, residual, out))
-        if residual is not None and residual_out is None and on_device(vector.device):
-            check(kernels_of(given).squares(given))
+        _refuse_unlike(vector, residual=residual, residual_out=residual_out)
+        given, added, rest = (
+            None if x is None else x.detach() if on_device(x.device) else x.detach().numpy()
+            for x in (vector, residual, out)
+        )
+        if residual is not None and out is not None and out.data_ptr() == residual.data_ptr():
+            check(kernels_of(given).squares_of_sum(given, added))
         return Arrays(given, added, given if rest is None else rest, rest)
 
     @property
@@ -124,6 +132,23 @@ class Arrays:
     def dtype(self) -> np.dtype[Any]:
         """The working precision."""
         return self.kernels.dtype_of(self.vector)
+
+
+def _refuse_unlike(vector: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in {"vector": vector, **others}.items():
+        if tensor is None:
+            continue
+        if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()} and {tensor.dtype}; "
+                "valid is one dimension, contiguous, float32 or float64"
+            )
+        if (tensor.shape, tensor.dtype, tensor.device) != (vector.shape, vector.dtype, vector.device):
+            raise ValueError(f"{name} is not of the shape, dtype and device of the vector")
+        for other in (vector, *others.values()):
+            apart = 0 if other is None else abs(tensor.data_ptr() - other.data_ptr())
+            if 0 < apart < tensor.nbytes:
+                raise ValueError(f"{name} overlaps another argument in part; valid is the same memory, or other memory")
 
 
 def check(squares: float) -> None:
@@ -162,7 +187,7 @@ class Pipeline:
     ) -> tuple[U8, State]:
         """See ``Compressor``."""
         arrays = Arrays.of(vector, residual, residual_out)
-        numel, dtype = vector.numel(), arrays.dtype
+        numel, dtype, key = vector.numel(), arrays.dtype, key % 2**64
         code = self.code or segment.exact(dtype)
         if not numel:
             return segment.nothing(code, dtype, 0), state
@@ -179,7 +204,7 @@ class Pipeline:
             factor, largest = float(dtype.type(1.0 / self.selection.delta(numel))), float(np.finfo(dtype).max)
             scaled = values.clip(-largest / factor, largest / factor) * factor
             values = rest = scaled * 1
-        packed = pack(code, values, ~key % 2**64, contract, self.entropy, picked.indices if contract else None, rest)
+        packed = pack(code, values, key ^ VALUES, contract, self.entropy, picked.indices if contract else None, rest)
         if norms is not None:
             norms.before += picked.squares
             norms.sent += packed.sent

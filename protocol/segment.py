@@ -115,7 +115,7 @@ def unpack(body: U8, numel: int, device: torch.device | None = None) -> Update:
     """Decode a body. Nothing is allocated before the lengths are known to be right.
 
     Args:
-        body: of one segment.
+        body: of one segment; what is returned may hold views of it, so it must not change.
         numel: elements that the layout says.
         device: where the update will be added: on a GPU, what usually arrives is decoded there.
 

@@ -56,6 +56,7 @@ class Update:
         self._apply(out, -1)
 
     def _apply(self, out: Tensor, sign: int) -> None:
+        self.check(out)
         if not on_device(out.device):
             self.coded.add_to(out.numpy(), self.indices, sign)
             return
@@ -70,6 +71,15 @@ class Update:
             else:  # indices are distinct, so the order of additions cannot matter
                 out.index_add_(0, places[start : start + values.numel()], values, alpha=sign)
 
+    def check(self, out: Tensor) -> None:
+        """Refuse a vector of another size.
+
+        Raises:
+            ValueError: ``out`` is not contiguous or has not ``numel`` elements.
+        """
+        if out.shape != (self.numel,) or not out.is_contiguous():
+            raise ValueError(f"an update of {self.numel} elements cannot be added to a tensor of {tuple(out.shape)}")
+
     def dense(self) -> Tensor:
         """Shape ``(numel,)``, in the working precision of the message."""
         out = torch.zeros(self.numel, dtype=torch.float64 if self.dtype == np.float64 else torch.float32)
@@ -82,6 +92,8 @@ def accumulate(updates: Sequence[Update], out: Tensor) -> None:
 
     Sparse updates are added strip by strip, so that what several of them touch is in the cache.
     """
+    for update in updates:
+        update.check(out)
     strips = -(-out.numel() // STRIP)
     adders = [] if on_device(out.device) or strips < 2 else [_adder(u, out.numpy(), strips) for u in updates]
     if len(adders) < 2 or None in adders:

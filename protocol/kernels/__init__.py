@@ -46,6 +46,9 @@ class Kernels(Protocol):
     def squares(self, values: Any) -> float:
         """``|values|**2`` in float64; not finite if a value is not."""
 
+    def squares_of_sum(self, vector: Any, residual: Any) -> float:
+        """``|vector + residual|**2``, which is not written anywhere."""
+
     def dtype_of(self, values: Any) -> np.dtype[Any]:
         """As numpy calls it."""
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from numba import njit
 
 from protocol.kernels.bits import LANES, reaching
-from protocol.kernels.sums import BLOCK, as_bits, fill, fill_span, finite_sum
+from protocol.kernels.sums import BLOCK, as_bits, fill, fill_span
 from protocol.kernels.threads import over, spans
 from protocol.kernels.words import zeros_below
 
@@ -76,9 +76,7 @@ def _scan(vector, residual, total, start, stop, threshold, found, values):  # ty
     count, squares = 0, 0.0
     for first in range(start, stop, BLOCK):
         last = min(first + BLOCK, stop)
-        squares = fill_span(vector, residual, total, start, first, last, squares)
-        if not np.isfinite(squares):
-            break
+        squares += fill_span(vector, residual, total, first, last)
         if count <= found.size - 2 * BLOCK:
             count = _collect(total, first, last, threshold, found, values, count)
         else:
@@ -176,8 +174,7 @@ def top_k(vector: Floats, residual: Floats | None, total: Floats, k: int) -> Pic
     Args:
         vector: shape ``(n,)``, float32 or float64.
         residual: the same, or None for zeros.
-        total: receives ``vector + residual``; may be the residual, or ``vector`` itself if there is none. A
-            residual that it overwrites is restored, to rounding, if the sum is not finite.
+        total: receives ``vector + residual``; may be the residual, or ``vector`` itself if there is none.
         k: at least 1 and at most ``n``.
     """
     n = vector.size
@@ -200,10 +197,13 @@ def top_k(vector: Floats, residual: Floats | None, total: Floats, k: int) -> Pic
 
 
 _kept = threading.local()
+KEPT = 1 << 25  # bytes at most of what a thread keeps for one use
 
 
 def _scratch(use: str, size: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """Memory that this thread keeps for this use: fresh pages cost as much as what is written to them."""
+    if size * dtype.itemsize > KEPT:
+        return np.empty(size, dtype)
     key = f"{use} {dtype}"
     held: npt.NDArray[Any] | None = getattr(_kept, key, None)
     if held is None or held.size < size:
@@ -231,7 +231,7 @@ def _candidates(
         return places[row, :count], kept[row, :count], squares, count > size - BLOCK
 
     parts = over(parts_of, scan)
-    squares = finite_sum([part[2] for part in parts], parts_of, vector, residual, total)
+    squares = float(sum(part[2] for part in parts))
     if any(part[3] for part in parts):
         return None, total, squares
     if len(parts) == 1:
@@ -258,9 +258,7 @@ def _block_top_k(vector, residual, total, start, stop, block, k, k_last, shrink,
     for first in range(start, stop, block):
         last = min(first + block, stop)
         want = k if last - first == block else k_last
-        squares = fill_span(vector, residual, total, start, first, last, squares)
-        if not np.isfinite(squares):
-            break
+        squares += fill_span(vector, residual, total, first, last)
         met = _collect(total, first, last, guess, places, values, 0)
         if met < want:
             met = _collect(total, first, last, shrink - shrink, places, values, 0)
@@ -290,5 +288,5 @@ def block_top_k(vector: Floats, residual: Floats | None, total: Floats, block: i
 
     parts_of = spans(vector.size, block)
     parts = over(parts_of, scan)
-    squares = finite_sum([part[2] for part in parts], parts_of, vector, residual, total)
+    squares = float(sum(part[2] for part in parts))
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]), squares

@@ -51,6 +51,11 @@ def squares(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float64).square())
 
 
+def squares_of_sum(vector: Tensor, residual: Tensor) -> float:
+    """See ``Kernels``."""
+    return squares(vector + residual)
+
+
 def at(values: Tensor, indices: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     """See ``Kernels``."""
     places = _like(indices, values)

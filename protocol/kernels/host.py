@@ -23,7 +23,7 @@ from protocol.kernels.quantise import (
     negative,
     settle,
 )
-from protocol.kernels.sums import fill, squares
+from protocol.kernels.sums import fill, squares, squares_of_sum
 
 __all__ = [
     "at",
@@ -44,6 +44,7 @@ __all__ = [
     "settle",
     "settle_cast",
     "squares",
+    "squares_of_sum",
     "to_host",
     "top_k",
 ]

@@ -109,18 +109,21 @@ def _moments(values, bucket, levels, largest, units, seconds, squares):  # type:
 
 
 @njit(cache=True, nogil=True)
-def _by_exponent(values, bits, mask, start, mantissa, top, lowest, key, symbols):  # type: ignore[no-untyped-def]
+def _by_exponent(values, bits, mask, start, mantissa, bias, top, lowest, key, symbols):  # type: ignore[no-untyped-def]
     """The power of two below or above ``|v|``, so that the expectation is ``v``: 127 stands for ``2**top``.
 
-    ``top`` is given as a biased exponent. Below ``lowest``, which is ``2**(top - 126)``, it is that or zero.
+    Below ``lowest``, which is ``2**(top - 126)``, it is that or zero.
     """
     one = np.int64(1) << mantissa
     for i in range(values.size):
         exponent = np.int64(bits[i] & mask) >> mantissa
         fraction = np.float64(np.int64(bits[i]) & (one - 1)) / one
         size = np.abs(np.float64(values[i]))
+        if exponent == 0 and size > 0:  # denormal: neither is what it looks like
+            fraction, exponent = math.frexp(size)
+            fraction, exponent = 2 * fraction - 1, exponent - 1 + bias
         chance = _chance(key, start + i)
-        level = exponent - top + 127 + (chance < fraction)
+        level = exponent - bias - top + 127 + (chance < fraction)
         if size < lowest:
             level = np.int64(chance < size / lowest)
         level = min(level, 127)
@@ -260,8 +263,8 @@ def by_exponent(values: Floats, top: int, key: int) -> U8:
     lowest = math.ldexp(1.0, top - 126)
 
     def write(a: int, b: int) -> None:
-        biased = top + kind.maxexp - 1
-        _by_exponent(values[a:b], bits[a:b], mask, a, kind.nmant, biased, lowest, np.uint64(key), symbols[a:b])
+        part = values[a:b], bits[a:b], mask, a, kind.nmant, kind.maxexp - 1
+        _by_exponent(*part, top, lowest, np.uint64(key), symbols[a:b])
 
     over(spans(values.size, GRAIN), write)
     return symbols

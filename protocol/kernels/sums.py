@@ -12,11 +12,10 @@ import numpy.typing as npt
 from numba import njit
 
 from protocol.kernels.bits import LANES
-from protocol.kernels.threads import Span, over, spans
+from protocol.kernels.threads import over, spans
 
 Floats = npt.NDArray[np.floating[Any]]
 
-CACHED = 1 << 12  # values of two vectors that stay in the first-level cache
 BLOCK = 256 * LANES  # values that stay in the second-level cache between the inner loops
 
 
@@ -53,7 +52,7 @@ def magnitudes(values):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc"})
-def _squares(vector, residual):  # type: ignore[no-untyped-def]
+def _squares_of_sum(vector, residual):  # type: ignore[no-untyped-def]
     squares = 0.0
     for i in range(vector.size):
         value = np.float64(vector[i] + residual[i])
@@ -61,58 +60,38 @@ def _squares(vector, residual):  # type: ignore[no-untyped-def]
     return squares
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath={"reassoc"})
 def _add_onto(vector, total):  # type: ignore[no-untyped-def]
     """Two arrays, not three of which two are one: LLVM makes vectors only of what cannot overlap."""
+    squares = 0.0
     for i in range(vector.size):
-        total[i] += vector[i]
+        value = vector[i] + total[i]
+        total[i] = value
+        squares += np.float64(value) * np.float64(value)
+    return squares
 
 
 @njit(cache=True, nogil=True)
-def _take_back(vector, total, start, stop):  # type: ignore[no-untyped-def]
-    for i in range(start, stop):
-        total[i] -= vector[i]
-
-
-@njit(cache=True, nogil=True)
-def fill_span(vector, residual, total, origin, start, stop, squares):  # type: ignore[no-untyped-def]
-    """Write ``vector + residual`` (an empty residual is zero) and add its sum of squares to ``squares``.
-
-    If that is not finite and ``total`` is the residual, the vector is taken off again from ``origin`` on.
-    """
+def fill_span(vector, residual, total, start, stop):  # type: ignore[no-untyped-def]
+    """Write ``vector + residual`` (an empty residual is zero) and return its sum of squares."""
     if residual.size and total.ctypes.data == residual.ctypes.data:
-        for first in range(start, stop, CACHED):
-            last = min(first + CACHED, stop)
-            squares += _squares(vector[first:last], residual[first:last])
-            if not np.isfinite(squares):
-                _take_back(vector, total, origin, first)
-                return squares
-            _add_onto(vector[first:last], total[first:last])
-        return squares
+        return _add_onto(vector[start:stop], total[start:stop])
     if residual.size:
-        return squares + _add(vector[start:stop], residual[start:stop], total[start:stop])
+        return _add(vector[start:stop], residual[start:stop], total[start:stop])
     if total.ctypes.data == vector.ctypes.data:
-        return squares + magnitudes(vector[start:stop])[1]
-    return squares + _copy(vector[start:stop], total[start:stop])
-
-
-def finite_sum(
-    squares: list[float], parts: list[Span], vector: Floats, residual: Floats | None, total: Floats
-) -> float:
-    """The sum of the squares of all spans; if it is not finite, a residual that was written is restored."""
-    everything = float(sum(squares))
-    if not np.isfinite(everything) and residual is not None and np.shares_memory(total, residual):
-        for (start, stop), own in zip(parts, squares, strict=True):
-            if np.isfinite(own):  # else the kernel has done it
-                _take_back(vector, total, start, stop)
-    return everything
+        return magnitudes(vector[start:stop])[1]
+    return _copy(vector[start:stop], total[start:stop])
 
 
 def fill(vector: Floats, residual: Floats | None, total: Floats) -> float:
-    """Write ``vector + residual`` to ``total`` (which may be ``vector``) and return its sum of squares."""
-    added, parts = vector[:0] if residual is None else residual, spans(vector.size, BLOCK)
-    squares = over(parts, lambda start, stop: fill_span(vector, added, total, start, start, stop, 0.0))
-    return finite_sum(squares, parts, vector, residual, total)
+    """Write ``vector + residual`` to ``total`` (which may be either) and return its sum of squares."""
+    added = vector[:0] if residual is None else residual
+    return float(sum(over(spans(vector.size, BLOCK), lambda a, b: fill_span(vector, added, total, a, b))))
+
+
+def squares_of_sum(vector: Floats, residual: Floats) -> float:
+    """``|vector + residual|**2`` in float64, which is not written anywhere."""
+    return float(sum(over(spans(vector.size, BLOCK), lambda a, b: _squares_of_sum(vector[a:b], residual[a:b]))))
 
 
 def squares(values: Floats) -> float:

@@ -6,6 +6,7 @@ uses one, and users have one knob.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -22,6 +23,9 @@ WORTH = 1 << 19  # values below which handing over costs more than a second core
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="kernel")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # the threads stay behind
 
 
 def spans(size: int, grain: int, worth: int = WORTH) -> list[Span]:
