@@ -26,6 +26,7 @@ from protocol.values.section import pack
 
 U8 = npt.NDArray[np.uint8]
 
+HUGE = 1e37  # a norm above which the sum of two finite float32 vectors may not be finite
 VALUES = 2**64 - 1  # taken with a key: for the values other randomness than for the selection
 State = tuple[()] | Tensor
 
@@ -76,7 +77,8 @@ class Compressor(Protocol):
 
         Raises:
             NotFiniteError: the sum holds NaN or Inf, or its square overflows float64 (magnitudes
-                beyond 1e154). ``residual`` and ``norms`` are as they were.
+                beyond 1e154). ``residual`` and ``norms`` are as they were (a residual that is written in
+                place: unless it was itself not finite, or within 4 % of the largest number).
             ValueError: the tensors do not fit each other or this description.
         """
 
@@ -120,7 +122,10 @@ class Arrays:
             for x in (vector, residual, out)
         )
         if residual is not None and out is not None and out.data_ptr() == residual.data_ptr():
-            check(kernels_of(given).squares_of_sum(given, added))
+            kernels = kernels_of(given)
+            check(squares := kernels.squares(given))
+            if squares > HUGE**2:  # else only a residual beyond all bounds could make the sum overflow
+                check(kernels.squares_of_sum(given, added))
         return Arrays(given, added, given if rest is None else rest, rest)
 
     @property
