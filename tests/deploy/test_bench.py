@@ -184,6 +184,8 @@ def test_goals_are_for_the_sizes_that_they_are_stated_for():
     assert stated.stated
     assert stated.threads == (1, 2)
     assert not replace(stated, numel=1000).stated
+    assert not replace(stated, device="cuda").stated
+    assert replace(stated, device="cuda", numel=100_000_000).stated
     assert not replace(stated, ratio=0.1).stated
 
 
