@@ -155,3 +155,35 @@ def test_declared_variances_are_those_of_the_papers():
     assert compressor("none").omega(5) == 0
     both = compressor("randk:0.5+natural").omega(100)
     assert 1 + both == pytest.approx(2 * (1 + 1 / 8))
+
+
+HARD = {
+    "one spike": [1.0] + [0.0] * 99,
+    "a spike over a plain": [100.0] + [1.0] * 99,
+    "a spike over denormal numbers": [2.0**-126] + [2.0**-149] * 99,
+    "forty octaves": [2.0**-i * (-1) ** i for i in range(40)],
+    "just below a power of two": [2.0 - 2.0**-20] * 100,
+    "just above a power of two": [-1.0 - 2.0**-20] * 100,
+    "one and a half": [1.5] * 100,
+    "large": [1e30, -3e30, 2.9e30, 1e29],
+    "two sizes": [1e-3] * 50 + [1.0] * 50,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("spec", ["natural", "ternary", "qsgd:1", "qsgd:4", "qsgd:127", "qsgd:2,bucket=7", "randk:0.3"])
+@pytest.mark.parametrize("name", HARD)
+def test_on_hard_vectors_random_codes_contract_in_the_mean_and_stay_unbiased_within_omega(name, spec, dtype):
+    c, vector = compressor(spec), torch.tensor(HARD[name], dtype=dtype)
+    scale = 2.0**100 if vector.abs().max() < 1e-30 else 1.0  # squares must not underflow
+    numel, wide, keys = len(vector), vector.double() * scale, range(300)
+    whole, left = wide.square().sum(), torch.empty_like(vector)
+    kept, missed = [], []
+    for key in keys:
+        c.encode(vector, (), key, residual_out=left)
+        kept.append(float((left.double() * scale).square().sum() / whole))
+        received = decode(c.encode(vector, (), key)[0], numel).double() * scale
+        missed.append(float((received - wide).square().sum() / whole))
+    for found, bound in ((torch.tensor(kept), 1 - c.delta(numel)), (torch.tensor(missed), c.omega(numel))):
+        tolerance = 5 * float(found.std()) / len(keys) ** 0.5 + 1e-6
+        assert float(found.mean()) <= bound + tolerance
