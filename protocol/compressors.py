@@ -140,9 +140,8 @@ class Arrays:
 
 
 def _refuse_unlike(vector: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in {"vector": vector, **others}.items():
-        if tensor is None:
-            continue
+    tensors = {"vector": vector, **{name: tensor for name, tensor in others.items() if tensor is not None}}
+    for name, tensor in tensors.items():
         if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()} and {tensor.dtype}; "
@@ -150,10 +149,9 @@ def _refuse_unlike(vector: Tensor, **others: Tensor | None) -> None:
             )
         if (tensor.shape, tensor.dtype, tensor.device) != (vector.shape, vector.dtype, vector.device):
             raise ValueError(f"{name} is not of the shape, dtype and device of the vector")
-        for other in (vector, *others.values()):
-            apart = 0 if other is None else abs(tensor.data_ptr() - other.data_ptr())
-            if 0 < apart < tensor.nbytes:
-                raise ValueError(f"{name} overlaps another argument in part; valid is the same memory, or other memory")
+    for name, tensor in tensors.items():
+        if any(0 < abs(tensor.data_ptr() - other.data_ptr()) < tensor.nbytes for other in tensors.values()):
+            raise ValueError(f"{name} overlaps another argument in part; valid is the same memory, or other memory")
 
 
 def check(squares: float) -> None:
