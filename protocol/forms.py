@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from protocol.kernels import compact
 from protocol.kernels.sketch import COLUMNS, Sketch
+from protocol.kernels.sums import as_bits
 from protocol.kernels.threads import over, spans
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -84,8 +85,7 @@ class Int8:
     def store(self, values: Floats, key: int, position: int, room: Arrays) -> tuple[Arrays, Rounding | None]:
         """See ``Form``."""
         codes, scales = room
-        bits = values.view(f"i{values.itemsize}")
-        mask = bits.dtype.type(np.iinfo(bits.dtype).max)
+        bits, mask = as_bits(values)
         kernel = partial(compact.to_int8, values, bits, mask, np.uint64(key), codes, scales, position)
         return room, _rounded(values.size, kernel)
 
@@ -109,7 +109,7 @@ class Sparse:
     def store(self, values: Floats, key: int, position: int, room: Arrays) -> tuple[Arrays, Rounding | None]:
         """See ``Form``."""
         numbers = np.empty(-(-values.size // compact.PATCH), np.int32)
-        count = compact.occupied(values.view(f"i{values.itemsize}"), numbers)
+        count = compact.occupied(as_bits(values)[0], numbers)
         if count * (numbers.itemsize + compact.PATCH * values.itemsize) >= values.nbytes:
             (whole,) = room if len(room) == 1 else (np.empty_like(values),)
             np.copyto(whole, values)

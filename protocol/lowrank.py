@@ -68,13 +68,14 @@ class LowRank:
         check(squares)
         total, body = torch.as_tensor(arrays.total), segment.nothing(code, arrays.dtype, vector.numel())
         largest = float(np.finfo(arrays.dtype).max)
-        if float(total.abs().max()) > largest / (2 * self.rank * math.sqrt(self.rows)):  # no room for sums
+        scale = total.abs().max()
+        if float(scale) > largest / (2 * self.rank * math.sqrt(self.rows)):  # no room for sums
             plain = Pipeline(Everything(), code, self.entropy)
             body, _ = plain.encode(total, (), key, None, total if arrays.out is not None else None, norms)
             return body, state
-        if total.any():
+        if scale:
             warm = state if isinstance(state, Tensor) else None
-            left, right, state = self._factors(total.view(self.rows, self.columns), code.dtype, warm, key)
+            left, right, state = self._factors(total.view(self.rows, self.columns), scale, code.dtype, warm, key)
             body = self._pack(code, arrays.dtype, left, right)
         received = segment.unpack(body, vector.numel())
         if norms is not None:
@@ -95,11 +96,10 @@ class LowRank:
         return segment.product(code, dtype, self.rows, self.columns, self.rank, parts)
 
     def _factors(
-        self, matrix: Tensor, dtype: torch.dtype, warm: Tensor | None, key: int
+        self, matrix: Tensor, scale: Tensor, dtype: torch.dtype, warm: Tensor | None, key: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``P`` as the receiver will have it, the best ``Q`` for that, and the ``Q`` to begin with next time."""
-        scale = matrix.abs().max()
-        matrix = matrix / scale  # so that no square underflows
+        matrix = matrix / scale  # its largest magnitude, so that no square underflows
         for begin in (warm, None):
             if begin is None:
                 generator = torch.Generator().manual_seed(key % 2**63)

@@ -37,7 +37,7 @@ from protocol.kernels.permutation import chosen
 from protocol.kernels.product import Product
 from protocol.update import Update
 from protocol.values import BY_ID, F32, F64, Cast, ValueCode
-from protocol.values.code import Reader
+from protocol.values.code import Reader, join
 from protocol.values.decoded import Narrowed
 from protocol.values.section import Packed, pack, unpack_values
 
@@ -59,37 +59,33 @@ def _head(index_code: int, code: ValueCode, coded: bool, dtype: np.dtype[Any], n
     return bytes([index_code, code.wire_id | flags]) + varint.pack(numel)
 
 
-def _join(*parts: bytes | U8) -> U8:
-    return np.concatenate([np.frombuffer(p, np.uint8) if isinstance(p, bytes) else p for p in parts])
-
-
 def nothing(code: ValueCode, dtype: np.dtype[Any], numel: int) -> U8:
     """The body that says that all elements are zero."""
-    return _join(_head(NOTHING, code, False, dtype, numel))
+    return join(_head(NOTHING, code, False, dtype, numel))
 
 
 def dense(code: ValueCode, dtype: np.dtype[Any], numel: int, values: Packed) -> U8:
     """The body that sends every element."""
-    return _join(_head(ALL, code, values.entropy, dtype, numel), values.data)
+    return join(_head(ALL, code, values.entropy, dtype, numel), values.data)
 
 
 def sparse(code: ValueCode, dtype: np.dtype[Any], numel: int, indices: Any, values: Packed) -> U8:
     """The body that sends values at ascending indices (int64), in the index code that takes the fewest bytes."""
     index_code, parameter, places = kernels_of(indices).pack_indices(indices, numel)
     head = _head(index_code, code, values.entropy, dtype, numel)
-    return _join(head + varint.pack(len(indices)) + bytes([parameter]), values.data, places)
+    return join(head + varint.pack(len(indices)) + bytes([parameter]), values.data, places)
 
 
 def keyed(code: ValueCode, dtype: np.dtype[Any], numel: int, key: int, count: int, values: Packed) -> U8:
     """The body that sends values at the ``count`` elements which the key chooses."""
     head = _head(KEYED, code, values.entropy, dtype, numel) + varint.pack(count)
-    return _join(head + key.to_bytes(8, "little"), values.data)
+    return join(head + key.to_bytes(8, "little"), values.data)
 
 
 def product(code: ValueCode, dtype: np.dtype[Any], rows: int, columns: int, rank: int, parts: list[Packed]) -> U8:
     """The body that sends a matrix as the product of two; their values in the same code, both entropy-coded or none."""
     head = _head(PRODUCT, code, parts[0].entropy, dtype, rows * columns)
-    return _join(head + varint.pack(rows) + varint.pack(rank), parts[0].data, parts[1].data)
+    return join(head + varint.pack(rows) + varint.pack(rank), parts[0].data, parts[1].data)
 
 
 def pack_exact(values: Floats) -> U8:

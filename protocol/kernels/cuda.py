@@ -19,7 +19,6 @@ tensors of the CPU, which is how they are tested where there is no GPU.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
@@ -36,11 +35,6 @@ SAMPLE = 1 << 14  # magnitudes from which the threshold is estimated
 SHARE = 16  # no sample from vectors that are smaller than so many samples
 SLACK = 4.5  # standard deviations by which the sample may mislead
 LARGEST_BLOCK = 1 << 15  # for block_top_k, which keeps a block in the registers of one multiprocessor
-
-
-def available() -> bool:
-    """Whether there is a CUDA device, and Triton to use it."""
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
 def kernels() -> tuple[Any, Any]:

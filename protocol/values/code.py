@@ -80,6 +80,11 @@ def take(data: U8, at: int, size: int) -> tuple[U8, int]:
     return data[at : at + size], at + size
 
 
+def join(*parts: bytes | U8) -> U8:
+    """One array of bytes and arrays of them."""
+    return np.concatenate([np.frombuffer(part, np.uint8) if isinstance(part, bytes) else part for part in parts])
+
+
 def as_bytes(values: npt.NDArray[Any]) -> U8:
     """The little-endian bytes of an array."""
     return np.ascontiguousarray(values).view(np.uint8)

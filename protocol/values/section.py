@@ -21,7 +21,7 @@ import torch
 from protocol.coding import digits, entropy, varint
 from protocol.kernels import cuda_coding, kernels_of, on_device
 from protocol.values import Cast, ValueCode
-from protocol.values.code import U8, Reader, take
+from protocol.values.code import U8, Reader, join, take
 from protocol.values.decoded import Narrowed, Symbols
 
 Values = Symbols | Narrowed
@@ -71,9 +71,9 @@ def pack(
     if smaller:
         streams = [entropy.encode(np.ascontiguousarray(plane), base) for plane in planes]
         if sum(stream.size + len(varint.pack(stream.size)) for stream in streams) < data.size:
-            parts = [part for s in streams for part in (np.frombuffer(varint.pack(s.size), np.uint8), s)]
-            return Packed(True, np.concatenate([np.frombuffer(head, np.uint8), *parts]), sent, left)
-    return Packed(False, np.concatenate([np.frombuffer(head, np.uint8), data]) if head else data, sent, left)
+            coded = [part for stream in streams for part in (varint.pack(stream.size), stream)]
+            return Packed(True, join(head, *coded), sent, left)
+    return Packed(False, join(head, data) if head else data, sent, left)
 
 
 def unpack_values(

@@ -39,13 +39,7 @@ LARGEST = {"float32": float(np.finfo(np.float32).max), "float64": 1e150}
 every_spec = pytest.mark.parametrize("spec", PLAIN)  # of the coded ones one law says that they do the same
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(spec, numel=N):

@@ -16,13 +16,7 @@ N = 200
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "float64"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random(seed=0):

@@ -21,13 +21,7 @@ LONG = 4 * cpu.SAMPLE + 12_345  # long enough that the threshold comes from a sa
 DTYPES = (np.float32, np.float64)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

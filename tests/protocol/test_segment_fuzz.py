@@ -35,13 +35,7 @@ MEGABYTE = 1 << 20
 every_spec = pytest.mark.parametrize("spec", SPECS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def laws(max_examples):

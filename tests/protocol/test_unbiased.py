@@ -40,13 +40,7 @@ every_unbiased = pytest.mark.parametrize("spec", UNBIASED)
 every_vector = pytest.mark.parametrize("name", VECTORS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache
