@@ -33,9 +33,10 @@ class _Probe(Session):
 
     layout: Layout | None = None
 
-    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, samples: int | None = None) -> Any:
         """Take note of the layout and stop."""
-        self.layout = Replica(model).layout
+        plan = self._plan
+        self.layout = Replica(model, plan.granularity, plan.federated.control_variates).layout
         raise _Prepared
 
 

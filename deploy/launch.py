@@ -29,8 +29,8 @@ from ps.metrics import Endpoint
 from ps.plan import Plan
 from ps.server import Server
 from workers.actor import WorkerActor
+from workers.rounds import WorkerPlan
 from workers.runner import Outcome, Train, run
-from workers.session import WorkerPlan
 
 POLL = 0.2  # seconds between looks at a run
 
@@ -46,17 +46,31 @@ def plans(settings: RunSettings) -> tuple[Plan, list[WorkerPlan]]:
         "send": settings.send,
         "overrides": settings.overrides,
         "sketch_every": every,
+        "schedule": settings.schedule,
+        "uplink": settings.uplink,
     }
-    server = Plan(settings.rounds, ids, downlink=settings.downlink, server=settings.server, **common)  # type: ignore[arg-type]
+    server = Plan(
+        settings.rounds,
+        ids,
+        downlink=settings.downlink,
+        server=settings.server,
+        feedback=settings.feedback.kind,
+        participation=settings.federated.participation,
+        budget=settings.budget,
+        **common,  # type: ignore[arg-type]
+    )
     workers = [
         WorkerPlan(
             worker,
             founder=worker == 0,
-            uplink=settings.uplink,
             feedback=settings.feedback,
             residual=settings.workers.residual,
             local_steps=settings.workers.local_steps,
             accumulate=settings.workers.accumulate,
+            granularity=settings.granularity,
+            federated=settings.federated,
+            asynchronous=settings.server.mode == "async",
+            adaptive=settings.budget is not None,
             arguments=settings.arguments,
             **common,  # type: ignore[arg-type]
         )

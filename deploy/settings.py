@@ -10,12 +10,33 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
 
+from deploy.conflicts import conflicts
 from protocol.errors import SettingsError
+from protocol.layout import Granularity
+from protocol.settings import Budget, Schedule, Strict
 from protocol.spec import compressor
-from ps.settings import MetricsSettings, ServerSettings, StorageSettings, Strict
-from workers.settings import ErrorFeedback, FeedbackSettings, NoFeedback, StepAhead, WorkersSettings
+from ps.settings import MetricsSettings, ServerSettings, StorageSettings
+from workers.settings import (
+    DeepGradientCompression,
+    Ef21Feedback,
+    ErrorFeedback,
+    FederatedSettings,
+    FeedbackSettings,
+    MomentumFeedback,
+    NoFeedback,
+    StepAhead,
+    WorkersSettings,
+)
 
-FEEDBACK = {"none": NoFeedback, "ef": ErrorFeedback, "saef": StepAhead}
+FEEDBACK = {
+    "none": NoFeedback,
+    "ef": ErrorFeedback,
+    "ef_momentum": MomentumFeedback,
+    "saef": StepAhead,
+    "ef21": Ef21Feedback,
+    "ef21_plus": Ef21Feedback,
+    "dgc": DeepGradientCompression,
+}
 
 
 class RunSettings(Strict):
@@ -33,6 +54,10 @@ class RunSettings(Strict):
     uplink: str = "topk:0.01+int4"  # compressor, worker -> server
     downlink: str = "topk:0.01+int4"  # compressor, server -> workers
     overrides: dict[str, str] = {}  # glob on parameter names -> compressor; the first match counts
+    granularity: Granularity = "layer"  # layer | model: what is compressed as one vector
+    schedule: Schedule = Schedule()
+    budget: Budget | None = None  # bytes of a push, divided among the layers by their errors; null: fixed ratios
+    federated: FederatedSettings = FederatedSettings()
     server: ServerSettings = ServerSettings()
     metrics: MetricsSettings = MetricsSettings()
     storage: StorageSettings = StorageSettings()
@@ -61,19 +86,9 @@ class RunSettings(Strict):
             raise ValueError(
                 f"server.optimizer has {option!r}, but kind sum takes no options; name a torch.optim class"
             )
-        if self.send == "gradient":
-            self._check_gradient()
+        for refusal in conflicts(self):
+            raise ValueError(refusal)
         return self
-
-    def _check_gradient(self) -> None:
-        if self.feedback.kind == "saef":
-            raise ValueError("feedback.kind saef needs send: difference, since it steps ahead by a model difference")
-        if self.workers.local_steps > 1:
-            raise ValueError("workers.local_steps must be 1 with send: gradient; several steps need send: difference")
-        if self.server.optimizer.kind != "sum":
-            raise ValueError(
-                "server.optimizer must be sum with send: gradient, where the server runs the user's optimizer"
-            )
 
 
 class _Loader(yaml.SafeLoader):

@@ -38,6 +38,15 @@ class Norms:
     before: float = 0.0  # |vector + residual|^2
     sent: float = 0.0  # |decode(payload)|^2
     left: float = 0.0  # |vector + residual - decode(payload)|^2
+    discarded: float = 0.0  # of what a rule of ``protocol.carry`` has thrown away
+
+    def __add__(self, other: Norms) -> Norms:
+        return Norms(
+            self.before + other.before,
+            self.sent + other.sent,
+            self.left + other.left,
+            self.discarded + other.discarded,
+        )
 
 
 class Compressor(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from typing import Any, Literal, cast
@@ -19,8 +19,12 @@ import torch
 
 from protocol.errors import DecodeError, LayoutError
 
-Role = Literal["parameter", "buffer", "static"]
-ROLES: tuple[Role, ...] = ("parameter", "buffer", "static")
+Role = Literal["parameter", "buffer", "static", "control"]
+ROLES: tuple[Role, ...] = ("parameter", "buffer", "static", "control")
+Granularity = Literal["layer", "model"]
+
+WHOLE = "parameters"  # name of the one segment of all parameters
+CONTROL = "control/"  # before the name of a parameter: its control variate; no tensor of torch's has a slash
 
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -41,8 +45,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class Entry:
     """One tensor of the model.
 
-    ``parameter`` and ``buffer`` entries are exchanged every round; ``static`` ones (frozen
-    parameters, integer buffers) travel only in the snapshot.
+    ``parameter`` and ``buffer`` entries are exchanged every round; so are ``control`` ones, which belong to a
+    method and not to the model (control variates). ``static`` ones (frozen parameters, integer buffers) travel
+    only in the snapshot.
     """
 
     name: str
@@ -63,7 +68,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Segment:
-    """One exchanged entry and its place ``[start, stop)`` in the flat vector: the unit of compression."""
+    """An exchanged entry, or all parameters as one, and its place ``[start, stop)`` in the flat vector."""
 
     entry: Entry
     start: int
@@ -77,19 +82,32 @@ class Segment:
 
 @dataclass(frozen=True)
 class Layout:
-    """Names, shapes and dtypes of a model, in order. Equal layouts have equal hashes."""
+    """Names, shapes and dtypes of a model, in order. Equal layouts have equal hashes.
+
+    ``granularity`` says what is compressed as one vector: each tensor, or all parameters together.
+    """
 
     entries: tuple[Entry, ...]
+    granularity: Granularity = "layer"
+
+    @cached_property
+    def tensors(self) -> tuple[Segment, ...]:
+        """The exchanged entries with their places in the flat vector, parameters first."""
+        found, start = [], 0
+        for entry in self.entries:
+            if entry.role != "static":
+                found.append(Segment(entry, start, start + entry.numel))
+                start += entry.numel
+        return tuple(found)
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """The exchanged entries with their places in the flat vector."""
-        segments, start = [], 0
-        for entry in self.entries:
-            if entry.role != "static":
-                segments.append(Segment(entry, start, start + entry.numel))
-                start += entry.numel
-        return tuple(segments)
+        """The units of compression in the order of the flat vector."""
+        if self.granularity == "layer":
+            return self.tensors
+        dtype = DTYPE_NAMES[self.dtype]
+        whole = Segment(Entry(WHOLE, (self.trainable,), dtype, "parameter"), 0, self.trainable)
+        return (whole, *(place for place in self.tensors if place.entry.role != "parameter"))
 
     @cached_property
     def statics(self) -> tuple[Entry, ...]:
@@ -99,12 +117,12 @@ class Layout:
     @cached_property
     def numel(self) -> int:
         """Elements of the flat vector: parameters and floating-point buffers."""
-        return sum(segment.numel for segment in self.segments)
+        return sum(place.numel for place in self.tensors)
 
     @cached_property
     def trainable(self) -> int:
         """Elements of the parameters alone, which is what dense training would send."""
-        return sum(segment.numel for segment in self.segments if segment.entry.role == "parameter")
+        return sum(place.numel for place in self.tensors if place.entry.role == "parameter")
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -123,7 +141,8 @@ class Layout:
 
     def describe(self) -> list[list[Any]]:
         """The layout as msgpack can carry it."""
-        return [[e.name, list(e.shape), e.dtype, ROLES.index(e.role)] for e in self.entries]
+        entries = [[e.name, list(e.shape), e.dtype, ROLES.index(e.role)] for e in self.entries]
+        return entries if self.granularity == "layer" else [*entries, [self.granularity]]
 
     @classmethod
     def restore(cls, description: Any) -> Layout:
@@ -136,6 +155,9 @@ class Layout:
             if not isinstance(description, list):
                 raise ValueError("it is not a list")
             entries = []
+            granularity: Granularity = "layer"
+            if description and description[-1] == ["model"]:
+                granularity, description = "model", description[:-1]
             for name, shape, dtype, role in description:
                 if not isinstance(name, str) or dtype not in DTYPES:
                     raise ValueError(f"entry {name!r} has dtype {dtype!r}")
@@ -150,13 +172,17 @@ class Layout:
             raise DecodeError(f"the layout in the message is malformed: {error}") from None
         if len({entry.name for entry in entries}) != len(entries):
             raise DecodeError("the layout in the message is malformed: two entries have the same name")
-        return cls(tuple(entries))
+        if granularity == "model" and any(e.name == WHOLE and e.role != "static" for e in entries):
+            raise DecodeError(f"the layout in the message is malformed: an entry has the name {WHOLE!r}")
+        return cls(tuple(entries), granularity)
 
     def difference(self, other: Layout) -> str:
         """One clause that names the first entry in which two layouts differ (empty if equal)."""
         for mine, theirs in zip_longest(self.entries, other.entries):
             if mine != theirs:
                 return f"{_show(theirs)} where the run has {_show(mine)}"
+        if self.granularity != other.granularity:
+            return f"granularity {other.granularity} where the run has {self.granularity}"
         return ""
 
 
@@ -171,15 +197,22 @@ def _entry(name: str, tensor: torch.Tensor, role: Role) -> Entry:
 
 
 def layout_of(
-    parameters: Iterable[tuple[str, torch.Tensor]], buffers: Iterable[tuple[str, torch.Tensor]] = ()
+    parameters: Iterable[tuple[str, torch.Tensor]],
+    buffers: Iterable[tuple[str, torch.Tensor]] = (),
+    granularity: Granularity = "layer",
+    controls: bool = False,
 ) -> Layout:
     """The layout of named parameters and buffers (``module.named_parameters()``, ``named_buffers()``).
 
     Parameters that require grad and floating-point buffers are exchanged; the rest is static. A tied
     tensor appears once, since ``named_parameters`` yields it once.
 
+    Args:
+        granularity: what is compressed as one vector.
+        controls: add one ``control`` entry for each parameter that is exchanged.
+
     Raises:
-        LayoutError: there is no parameter that requires grad, or a dtype is not supported.
+        LayoutError: there is no parameter that requires grad, a dtype is not supported, or a name is taken.
     """
     parameters = list(parameters)
     trained = [_entry(n, p, "parameter") for n, p in parameters if p.requires_grad]
@@ -187,4 +220,8 @@ def layout_of(
         raise LayoutError("the model has no parameters that require grad, so there is nothing to train")
     frozen = [_entry(n, p, "static") for n, p in parameters if not p.requires_grad]
     kept = [_entry(n, b, "buffer" if b.dtype.is_floating_point else "static") for n, b in buffers]
-    return Layout(tuple(trained + kept + frozen))
+    variates = [replace(entry, name=f"{CONTROL}{entry.name}", role="control") for entry in trained if controls]
+    entries = (*trained, *kept, *variates, *frozen)
+    if granularity == "model" and any(entry.name == WHOLE for entry in entries):
+        raise LayoutError(f"{WHOLE!r} is the name of the whole model with granularity model; rename that tensor")
+    return Layout(entries, granularity)

@@ -55,6 +55,18 @@ def _weights(value: Any) -> bool:
     return isinstance(value, dict) and all(_whole(k) and isinstance(a, float) and 0 < a <= 1 for k, a in value.items())
 
 
+def _ratios(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(ratio, float) and 0 <= ratio <= 1 for ratio in value)
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(_whole(number) for number in value)
+
+
+def _frames(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(frame, bytes) for frame in value)
+
+
 def _names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
@@ -139,6 +151,7 @@ class Join(Message):
     description: list[Any] = _field(2, _is(list))  # Layout.describe()
     optimizer: dict[str, Any] | None = _field(3, _optional(_optimizer), default=None)  # send: gradient only
     version: int | None = _field(4, _optional(_whole), default=None)  # of a replica that it still holds
+    samples: int | None = _field(5, _optional(_count), default=None)  # of its own data, for its weight
 
 
 @dataclass(frozen=True)
@@ -153,6 +166,7 @@ class Welcome(Message):
     version: int = _field(1, _whole)
     position: int = _field(2, _whole)
     weights: dict[int, float] = _field(3, _weights)
+    ratios: list[float] | None = _field(4, _optional(_ratios), default=None)  # see Entry
 
 
 @dataclass(frozen=True)
@@ -169,6 +183,10 @@ class Push(Message):
     digest: int | None = _field(7, _optional(_whole), default=None)  # of the replica at ``version``
     options: list[dict[str, Any]] | None = _field(8, _optional(_options), default=None)  # optimizer, by group
     skipped: int = _field(9, _count, default=0)  # optimizer steps that did not happen
+    replaced: list[int] | None = _field(10, _optional(_numbers), default=None)  # segments that replace (EF21+)
+    sketch: bytes = _field(11, _is(bytes), default=b"")  # of the residual before the round, see protocol.ledger
+    energies: bytes = _field(12, _is(bytes), default=b"")  # squared norms by segment, for the choice of ratios
+    relayed: list[bytes] | None = _field(13, _optional(_frames), default=None)  # what a relay folded, without bodies
 
 
 @dataclass(frozen=True)
@@ -180,6 +198,7 @@ class Entry(Message):
     position: int = _field(2, _whole)
     weights: dict[int, float] | None = _field(3, _optional(_weights), default=None)  # if they change here
     final: bool = _field(4, _is(bool), default=False)
+    ratios: list[float] | None = _field(5, _optional(_ratios), default=None)  # of the uplink, if they change here
 
 
 @dataclass(frozen=True)
@@ -227,8 +246,17 @@ class Farewell(Message):
     version: int = _field(1, _whole)
 
 
+@dataclass(frozen=True)
+class Pull(Message):
+    """A worker that has nothing to push this round waits for the entries after its version."""
+
+    KIND: ClassVar[int] = 10
+    worker: int = _field(1, _whole)
+    version: int = _field(2, _whole)
+
+
 _KINDS: dict[int, type[Message]] = {
-    m.KIND: m for m in (Join, Welcome, Push, Entry, Average, Mean, Refusal, Leave, Farewell)
+    m.KIND: m for m in (Join, Welcome, Push, Entry, Average, Mean, Refusal, Leave, Farewell, Pull)
 }
 
 

@@ -4,6 +4,8 @@ Workers and the server send by the same mechanism::
 
     p = residual + given;   message = C(p);   residual' = p - decode(message)
 
+What becomes of the rest is the rule of a method, see ``protocol.carry``; that above is the usual one.
+
 A message is *staged* (the old residual is kept), then *committed* when the receiver is known to have
 it, or *refused*, which puts the given vector back into the residual. The ledger of a sender balances
 at every one of these points. The compressors' states go the same way: a refused message leaves them as
@@ -15,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +26,9 @@ import torch
 from torch import Tensor
 
 from protocol import ledger
+from protocol.carry import OWED, Carry, Encoded, Kept
 from protocol.compressors import Compressor, Norms, State
 from protocol.errors import NotFiniteError
-from protocol.forms import Rounding
 from protocol.kernels.sketch import COLUMNS, Sketch
 from protocol.layout import Layout, Segment
 from protocol.residual import Memory, Nothing, Operands, Residual, residual_for
@@ -43,6 +46,18 @@ class Message:
     bodies: tuple[U8, ...]
     updates: tuple[Update, ...]
     norms: Norms
+    each: tuple[Norms, ...]  # the same by segment
+    replaced: tuple[int, ...] = ()  # segments of which the receiver forgets what it had, before it adds
+
+
+@dataclass
+class _Balance:
+    """The entries of one message in the ledger, as sketches; ``owes``: by segment, what was given is a debt."""
+
+    owes: list[bool]
+    given: Sketch = field(default_factory=lambda: np.zeros(COLUMNS))
+    sent: Sketch = field(default_factory=lambda: np.zeros(COLUMNS))
+    discarded: Sketch = field(default_factory=lambda: np.zeros(COLUMNS))
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,7 @@ class _Staged:
     given: Tensor
     message: Message
     states: list[State]
+    balance: _Balance
 
 
 class Sender:
@@ -59,13 +75,12 @@ class Sender:
         layout: of the model; every segment is compressed on its own.
         compressors: one for each segment.
         seed: fixes all randomness, together with the number of the message.
-        keep: False drops what was not sent instead of carrying it over (no error feedback).
         device: of the vectors that are given.
-        memory: how the residual is kept, see ``protocol.residual``.
+        memory: how the residual is kept, see ``protocol.residual``; None if the rules leave nothing.
 
     Attributes:
-        ledger: given = sent + residual + discarded; ``given`` is what ``stage`` was given and what
-            ``replace`` received; ``discarded`` is all that was not sent if ``keep`` is False.
+        ledger: given = sent + residual + discarded; ``given`` is what ``stage`` was given under a rule that
+            owes it, and what ``replace`` received.
     """
 
     def __init__(
@@ -73,69 +88,88 @@ class Sender:
         layout: Layout,
         compressors: Sequence[Compressor],
         seed: int,
-        keep: bool = True,
         device: torch.device | str = "cpu",
-        memory: Memory = "float32",
+        memory: Memory | None = "float32",
     ) -> None:
         self.layout = layout
         self.compressors = tuple(compressors)
         self.seed = seed
-        self.keep = keep
         self.ledger = ledger.Ledger()
-        self._residual: Residual = residual_for(memory, layout, device) if keep else Nothing(layout, device)
+        self._residual: Residual = residual_for(memory, layout, device) if memory else Nothing(layout, device)
         self._states = _first(self.compressors, layout)
         self._staged: _Staged | None = None
 
     # -- messages --------------------------------------------------------------------------------
 
-    def stage(self, given: Tensor, sequence: int) -> Message:
+    def stage(
+        self,
+        given: Tensor,
+        sequence: int,
+        rules: Carry | Sequence[Carry] = OWED,
+        compressors: Sequence[Compressor] | None = None,
+    ) -> Message:
         """Compress ``residual + given``. Nothing is final until ``commit`` or ``refuse``.
 
         Args:
             given: shape ``(layout.numel,)``; must not be altered before commit or refuse.
             sequence: number of the message, which with the seed fixes all randomness.
+            rules: what becomes of the rest, for all segments or for each.
+            compressors: from this message on; a state is kept where the specification stays the same.
 
         Raises:
             NotFiniteError: the sum holds NaN or Inf; the message names the first such tensor. Residual,
                 states and ledger are as they were.
         """
         self._staged = None
-        bodies, states, norms = [], [], Norms()
+        if compressors is not None and tuple(compressors) != self.compressors:
+            self._use(compressors)
+        norms, kept = [], []
+        each = rules if isinstance(rules, Sequence) else [rules] * len(self.compressors)
         for number, (place, compressor) in enumerate(zip(self.layout.segments, self.compressors, strict=True)):
-            operands = self._residual.begin(number, given[place.start : place.stop])
-            key = self._key(sequence, number)
-            body, state = _encode(place, compressor, self._states[number], key, operands, norms)
-            self._residual.stage(number, operands.out, self._key(sequence, number, "staged"))
-            bodies.append(body)
-            states.append(state)
-        message = self._message(sequence, bodies, norms)
-        self._staged = _Staged(given, message, states)
+            send = partial(_encode, place, compressor, self._states[number], self._key(sequence, number))
+            norms.append(Norms())
+            one = each[number].stage(send, self._residual, number, given[place.start : place.stop], norms[-1])
+            self._residual.stage(number, one.left, self._key(sequence, number, "staged"))
+            kept.append(one)
+        bodies, states, updates = zip(*(one.encoded for one in kept), strict=True)
+        replaced = tuple(number for number, one in enumerate(kept) if one.replaces)
+        message = Message(sequence, bodies, updates, sum(norms, Norms()), tuple(norms), replaced)
+        self._staged = _Staged(given, message, list(states), self._balance(given, each, kept))
         return message
 
     def commit(self) -> None:
         """The receiver has the staged message: the new residual and the new states count from now on."""
         staged = self._take()
         self._states = staged.states
-        self._book(staged, self._sent(staged.message), self._residual.adopt())
+        balance, scale = staged.balance, math.sqrt(staged.message.norms.before)
+        self.ledger.enter(balance.given, balance.sent, balance.discarded, scale, self._residual.adopt())
 
     def refuse(self) -> None:
-        """The receiver did not take the staged message: what was given joins the residual unsent."""
+        """The receiver did not take the staged message: what was given joins the residual unsent.
+
+        Under a rule that owes nothing, the memory stays as it was.
+        """
         staged = self._take()
+        given = np.zeros(COLUMNS)
         for number, place in enumerate(self.layout.segments):
             total = self._residual.copy(number)
-            total += staged.given[place.start : place.stop]
+            if staged.balance.owes[number]:
+                total += (vector := staged.given[place.start : place.stop])
+                given += ledger.sketch(vector, place.start)
             self._residual.stage(number, total, self._key(staged.message.sequence, number, "refused"))
-        self._book(staged, np.zeros(COLUMNS), self._residual.adopt())
+        scale = math.sqrt(staged.message.norms.before)
+        self.ledger.enter(given, np.zeros(COLUMNS), None, scale, self._residual.adopt())
 
     def average(self, compressors: Sequence[Compressor], sequence: int) -> Message:
         """The residual itself as a message, by compressors of its own. Alters nothing; see ``replace``."""
-        bodies, norms = [], Norms()
+        encoded, norms = [], [Norms() for _ in compressors]
         states = _first(compressors, self.layout)
         for number, ((place, residual), compressor) in enumerate(zip(self.parts(), compressors, strict=True)):
             operands = Operands(residual, None, torch.empty_like(residual))  # what is left will be kept
             key = self._key(sequence, number)
-            bodies.append(_encode(place, compressor, states[number], key, operands, norms)[0])
-        return self._message(sequence, bodies, norms)
+            encoded.append(_encode(place, compressor, states[number], key, operands, norms[number]))
+        bodies, _, updates = zip(*encoded, strict=True)
+        return Message(sequence, bodies, updates, sum(norms, Norms()), tuple(norms))
 
     def replace(self, message: Message, received: Tensor) -> None:
         """Error averaging: ``residual - decode(message) + received``, booked as sent and given."""
@@ -172,20 +206,26 @@ class Sender:
             if place.stop <= out.numel():
                 out[place.start : place.stop].sub_(residual, alpha=scale)
 
+    def sketch(self) -> Sketch:
+        """The residual's sketch, see ``protocol.ledger``; costs one read of it."""
+        sketches = (ledger.sketch(residual, place.start) for place, residual in self.parts())
+        return sum(sketches, np.zeros(COLUMNS))
+
     def error_norm(self) -> float:
         """``|residual|``."""
         return math.hypot(*(float(torch.linalg.vector_norm(residual)) for _, residual in self.parts()))
 
     def conservation_error(self) -> float:
         """See ``Ledger.error``."""
-        sketches = (ledger.sketch(residual, place.start) for place, residual in self.parts())
-        return self.ledger.error(sum(sketches, np.zeros(COLUMNS)))
+        return self.ledger.error(self.sketch())
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _message(self, sequence: int, bodies: Sequence[U8], norms: Norms) -> Message:
-        decoded = (unpack(body, place.numel) for body, place in zip(bodies, self.layout.segments, strict=True))
-        return Message(sequence, tuple(bodies), tuple(decoded), norms)
+    def _use(self, compressors: Sequence[Compressor]) -> None:
+        fresh = _first(compressors, self.layout)
+        stays = [new.spec == old.spec for new, old in zip(compressors, self.compressors, strict=True)]
+        self._states = [old if stay else new for stay, old, new in zip(stays, self._states, fresh, strict=True)]
+        self.compressors = tuple(compressors)
 
     def _take(self) -> _Staged:
         staged, self._staged = self._staged, None
@@ -199,10 +239,18 @@ class Sender:
             total += ledger.sketch_update(update, place.start)
         return total
 
-    def _book(self, staged: _Staged, sent: Sketch, rounding: Rounding | None) -> None:
-        given = ledger.sketch(staged.given)
-        discarded = None if self.keep else given - sent  # all that was not sent
-        self.ledger.enter(given, sent, discarded, math.sqrt(staged.message.norms.before), rounding)
+    def _balance(self, given: Tensor, rules: Sequence[Carry], kept: Sequence[Kept]) -> _Balance:
+        """What the ledger will be told. Where all that is not sent is discarded, there is nothing to check."""
+        balance = _Balance([rule.owes for rule in rules])
+        for place, rule, one in zip(self.layout.segments, rules, kept, strict=True):
+            if one.forgotten:
+                continue
+            if rule.owes:
+                balance.given += ledger.sketch(given[place.start : place.stop], place.start)
+            if one.discarded is not None:
+                balance.discarded += ledger.sketch(one.discarded, place.start)
+            balance.sent += ledger.sketch_update(one.encoded.update, place.start)
+        return balance
 
     def _key(self, *parts: int | str) -> int:
         text = "/".join(map(str, (self.seed, *parts))).encode()
@@ -215,9 +263,10 @@ def _first(compressors: Sequence[Compressor], layout: Layout) -> list[State]:
 
 def _encode(
     place: Segment, compressor: Compressor, state: State, key: int, operands: Operands, norms: Norms
-) -> tuple[U8, State]:
+) -> Encoded:
     vector, residual, out = operands
     try:
-        return compressor.encode(vector, state, key, residual=residual, residual_out=out, norms=norms)
+        body, state = compressor.encode(vector, state, key, residual=residual, residual_out=out, norms=norms)
     except NotFiniteError:
         raise NotFiniteError(f"the update of {place.entry.name!r} holds NaN or Inf") from None
+    return Encoded(body, state, unpack(body, place.numel))

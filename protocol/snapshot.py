@@ -42,7 +42,7 @@ def pack(layout: Layout, w: Tensor, statics: Sequence[U8]) -> tuple[U8, ...]:
     flat = w.cpu().numpy()
     if not np.isfinite(flat).all():
         raise NotFiniteError("the model holds NaN or Inf")
-    return (*(pack_dense(flat[s.start : s.stop]) for s in layout.segments), *statics)
+    return (*(pack_dense(flat[s.start : s.stop]) for s in layout.tensors), *statics)
 
 
 def unpack_snapshot(layout: Layout, bodies: Sequence[U8]) -> tuple[Tensor, tuple[U8, ...]]:
@@ -51,13 +51,13 @@ def unpack_snapshot(layout: Layout, bodies: Sequence[U8]) -> tuple[Tensor, tuple
     Raises:
         DecodeError: a body is missing, or is not valid for its place in the layout.
     """
-    expected = len(layout.segments) + len(layout.statics)
+    expected = len(layout.tensors) + len(layout.statics)
     if len(bodies) != expected:
         raise DecodeError(f"the snapshot has {len(bodies)} tensors where the layout has {expected}")
     w = layout.zeros()
-    for place, body in zip(layout.segments, bodies, strict=False):
+    for place, body in zip(layout.tensors, bodies, strict=False):
         unpack(body, place.numel).add_to(w[place.start : place.stop])
-    statics = tuple(bodies[len(layout.segments) :])
+    statics = tuple(bodies[len(layout.tensors) :])
     for entry, body in zip(layout.statics, statics, strict=True):
         if body.size != entry.nbytes:
             raise DecodeError(f"static tensor {entry.name!r} has {body.size} bytes instead of {entry.nbytes}")

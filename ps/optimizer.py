@@ -62,7 +62,7 @@ class TorchOptimizer:
 
     def __init__(self, layout: Layout, kind: str, groups: Sequence[dict[str, Any]], **options: Any) -> None:
         self.layout = layout
-        self._places = {s.entry.name: s for s in layout.segments if s.entry.role == "parameter"}
+        self._places = {s.entry.name: s for s in layout.tensors if s.entry.role == "parameter"}
         self._parameters = {
             name: torch.nn.Parameter(torch.zeros(s.numel, dtype=layout.dtype).reshape(s.entry.shape))
             for name, s in self._places.items()
@@ -85,7 +85,7 @@ class TorchOptimizer:
         before = model.clone()
         self.optimizer.step()
         out = before.sub_(model)
-        for place in self.layout.segments:
+        for place in self.layout.tensors:
             if place.entry.name not in self._parameters:
                 out[place.start : place.stop] = total[place.start : place.stop]
         return out

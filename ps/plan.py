@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from protocol.errors import Refused
 from protocol.layout import Layout
 from protocol.messages import Join
+from protocol.settings import Budget, Schedule
 from ps.optimizer import ServerOptimizer, Sum, TorchOptimizer
 from ps.settings import ServerSettings
 
@@ -19,6 +20,9 @@ class Plan:
         workers: ids of the workers that must join before the first round.
         send: ``difference`` or ``gradient``.
         sketch_every: rounds between checks of the server's ledger.
+        feedback: the workers' kind of error feedback.
+        schedule: how compression sets in.
+        participation: share of the members that takes part in a round.
     """
 
     rounds: int
@@ -29,6 +33,16 @@ class Plan:
     seed: int
     sketch_every: int
     server: ServerSettings
+    uplink: str = "none"
+    feedback: str = "ef"
+    schedule: Schedule = Schedule()
+    participation: float = 1.0
+    budget: Budget | None = None
+
+    @property
+    def buffer(self) -> int:
+        """Pushes a fold in asynchronous mode."""
+        return self.server.buffer or max(1, len(self.workers) // 4)
 
 
 def optimizer_for(plan: Plan, layout: Layout, first: Join) -> ServerOptimizer:
@@ -45,5 +59,5 @@ def optimizer_for(plan: Plan, layout: Layout, first: Join) -> ServerOptimizer:
     settings = plan.server.optimizer
     if settings.kind == "sum":
         return Sum()
-    names = [s.entry.name for s in layout.segments if s.entry.role == "parameter"]
+    names = [s.entry.name for s in layout.tensors if s.entry.role == "parameter"]
     return TorchOptimizer(layout, settings.kind, [{"params": names}], **settings.options)

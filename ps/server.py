@@ -8,22 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from protocol import messages, snapshot
+from protocol import energies, messages, snapshot
+from protocol.compression import Compression
 from protocol.errors import DecodeError, NotFiniteError, Refused, SettingsError
 from protocol.layout import Layout
-from protocol.messages import Average, Farewell, Join, Leave, Mean, Message, Push, Refusal, Welcome
+from protocol.messages import Average, Farewell, Join, Leave, Mean, Message, Pull, Push, Refusal, Welcome
+from protocol.sampling import participants
 from protocol.segment import pack_exact
 from protocol.sender import Sender
-from protocol.spec import compressors_for
 from protocol.update import Update, accumulate
+from ps.aggregate import Contribution, aggregate_for
 from ps.log import Log
 from ps.plan import Plan, optimizer_for
-from ps.state import Applied, Close, Contribution, ServerState, apply, equal_weights
+from ps.state import Applied, Close, ServerState, apply, shares
+from ps.steering import Steering, mismatch
 from ps.vitals import Vitals
 
 U8 = npt.NDArray[np.uint8]
@@ -45,6 +47,7 @@ class _Waiting:
     message: Message
     updates: tuple[Update, ...]
     tickets: list[Ticket] = field(default_factory=list)
+    size: int = 0  # bytes of its frame
 
 
 class Server:
@@ -63,8 +66,11 @@ class Server:
         self._founded: ServerState | None = None  # version 0, once rank 0 has joined
         self._pending: dict[int, _Waiting] = {}  # at most one push or average a worker
         self._leaving: dict[int, Contribution | None] = {}
-        self._answered: dict[int, tuple[int, U8]] = {}  # the last sequence number and its answer, by worker
+        self._pulling: dict[int, _Waiting] = {}  # at most one pull a worker
+        self._base: dict[int, int] = {}  # the version that each worker has
+        self._answered: dict[int, tuple[int, tuple[U8, ...]]] = {}  # the last sequence number and its answer
         self._farewells: dict[int, U8] = {}
+        self._steering: Steering | None = None
 
     def receive(self, frame: U8, ticket: Ticket) -> list[Answer]:
         """Take in one frame; the answers that are due because of it, perhaps to other tickets too."""
@@ -98,7 +104,9 @@ class Server:
         if isinstance(message, Join):
             return self._join(message, ticket)
         if isinstance(message, Push | Average):
-            return self._exchange(message, ticket)
+            return self._exchange(message, ticket, frame.size)
+        if isinstance(message, Pull):
+            return self._pull(message, ticket)
         if isinstance(message, Leave):
             return self._leave(message, ticket)
         raise Refused("frame", f"a server takes no {type(message).__name__} message")
@@ -109,9 +117,9 @@ class Server:
             return [self._answer(ticket, "resend", self._farewells[message.worker])]
         if not isinstance(message, Push | Average):
             return None
-        number, frame = self._answered.get(message.worker, (None, None))
-        if frame is not None and message.sequence == number:
-            return [self._answer(ticket, "resend", frame)]
+        number, frames = self._answered.get(message.worker, (None, None))
+        if frames is not None and message.sequence == number:
+            return [self._answer(ticket, "resend", *frames)]
         pending = self._pending.get(message.worker)
         if pending is not None and message.sequence == _number(pending):
             pending.tickets.append(ticket)
@@ -152,18 +160,25 @@ class Server:
             w, statics = snapshot.unpack_snapshot(layout, founder.bodies)
         except DecodeError as error:
             raise Refused("segment", f"worker {founder.worker} has not sent its model: {error}") from None
+        plan = self.plan
         try:
-            compressors = compressors_for(layout, self.plan.downlink, self.plan.overrides)
-            optimizer = optimizer_for(self.plan, layout, founder)
+            compression = Compression(layout, plan.downlink, plan.overrides, plan.schedule)
+            optimizer = optimizer_for(plan, layout, founder)
         except SettingsError as error:
             raise Refused("frame", str(error)) from None
-        sender = Sender(layout, compressors, self.plan.seed, memory=self.plan.server.residual)
+        if plan.budget is not None:
+            uplink = Compression(layout, plan.uplink, plan.overrides, plan.schedule)
+            self._steering = Steering(layout, uplink, plan.schedule, plan.budget)
+        sender = Sender(layout, compression.final, plan.seed, memory=plan.server.residual)
+        aggregate = aggregate_for(plan.feedback, layout)
         log = Log(limit=max(w.nbytes, 1 << 20))  # a snapshot is hardly larger
-        return ServerState(layout, w, statics, sender, optimizer, equal_weights(list(self.plan.workers)), log=log)
+        return ServerState(layout, w, statics, sender, compression, aggregate, optimizer, {}, log=log)
 
     def _start(self) -> list[Answer]:
         assert self._founded is not None
         self.state = self._founded
+        self.state.samples = {worker: _samples(waiting) for worker, waiting in self._joining.items()}
+        self.state.weights = shares(self.state.samples)
         self.vitals.members = tuple(self.state.weights)
         self.vitals.joins += len(self.state.weights)
         self.vitals.state = "training"
@@ -176,8 +191,7 @@ class Server:
         if not (workers := sorted(workers)):
             return []
         state, answers = self.state, []
-        welcome = partial(Welcome, position=state.position, weights=state.weights, layout=state.layout.hash)
-        full = welcome(state.version, bodies=snapshot.pack(state.layout, state.w, state.statics)).pack()
+        full = self._snapshot(state)
         for worker in workers:
             waiting = self._joining.pop(worker)
             assert isinstance(waiting.message, Join)
@@ -185,12 +199,26 @@ class Server:
             if (held := waiting.message.version) is not None and held <= state.version:
                 entries = state.log.since(held)
                 if entries is not None and len(entries) == state.version - held:
-                    frames = min(frames, (welcome(held).pack(), *entries), key=_size)
+                    frames = min(frames, (self._greeting(state, held).pack(), *entries), key=_size)
             answers += [self._answer(ticket, "snapshot", *frames) for ticket in waiting.tickets]
             self._answered.pop(worker, None)
             self._farewells.pop(worker, None)
             self.vitals.workers.pop(worker, None)
+            self._base[worker] = state.version
         return answers
+
+    def _greeting(self, state: ServerState, version: int, bodies: tuple[U8, ...] = ()) -> Welcome:
+        ratios = state.ratios or None
+        return Welcome(version, state.position, state.weights, ratios, bodies=bodies, layout=state.layout.hash)
+
+    def _snapshot(self, state: ServerState) -> U8:
+        """The model at this version."""
+        return self._greeting(state, state.version, snapshot.pack(state.layout, state.w, state.statics)).pack()
+
+    def _since(self, state: ServerState, version: int) -> tuple[U8, ...]:
+        """What a replica at ``version`` lacks: the entries, or a snapshot where they are gone."""
+        entries = state.log.since(version)
+        return tuple(entries) if entries is not None else (self._snapshot(state),)
 
     def _turn_away(self, detail: str) -> list[Answer]:
         """Refuse everyone who waits to join a run that has ended."""
@@ -200,7 +228,7 @@ class Server:
 
     # -- exchanges -------------------------------------------------------------------------------
 
-    def _exchange(self, message: Push | Average, ticket: Ticket) -> list[Answer]:
+    def _exchange(self, message: Push | Average, ticket: Ticket, size: int) -> list[Answer]:
         state = self.state
         if self.finished:
             raise Refused("finished", "the run has ended")
@@ -210,11 +238,21 @@ class Server:
         try:
             decoded = messages.updates(message, state.layout)
             if isinstance(message, Push):
-                messages.unpack_statistics(message.statistics)
+                self._check_statistics(message, state)
         except DecodeError as error:
             raise Refused("segment", f"the message of worker {message.worker} is not valid: {error}") from None
-        self._pending[message.worker] = _Waiting(message, decoded, [ticket])
+        self._pending[message.worker] = _Waiting(message, decoded, [ticket], size)
         return self._close_if_complete()
+
+    @staticmethod
+    def _check_statistics(push: Push, state: ServerState) -> None:
+        messages.unpack_statistics(push.statistics)
+        if push.sketch:
+            energies.unpack_sketch(push.sketch)
+        if push.energies:
+            energies.unpack_energies(push.energies, len(state.layout.segments))
+        if any(number >= len(state.layout.segments) for number in push.replaced or ()):
+            raise DecodeError(f"it replaces segments {push.replaced} of {len(state.layout.segments)}")
 
     def _check(self, message: Push | Average, state: ServerState) -> None:
         worker = message.worker
@@ -225,22 +263,54 @@ class Server:
             raise Refused("sequence", f"worker {worker} sent a message while its last one waits for an answer")
         if last is not None and message.sequence != last + 1:
             raise Refused("sequence", f"worker {worker} sent number {message.sequence} after {last}")
-        if message.version != state.version:
-            raise Refused(
-                "version", f"worker {worker} sent an update of version {message.version} in round {state.version}"
-            )
+        expected = self._base[worker] if self.plan.server.mode == "async" else state.version
+        if message.version != expected:
+            raise Refused("version", f"worker {worker} sent an update of version {message.version} in round {expected}")
         known = message.digest if isinstance(message, Push) else None
-        if known is not None and known != snapshot.digest(state.w):
+        if known is not None and message.version == state.version and known != snapshot.digest(state.w):
             self.vitals.replica_mismatches += 1
             raise Refused(
                 "replica", f"the replica of worker {worker} differs from the server's at version {state.version}"
             )
 
+    def _pull(self, pull: Pull, ticket: Ticket) -> list[Answer]:
+        """A worker that does not take part waits for the next entry."""
+        state, worker = self.state, pull.worker
+        if state is None or worker not in state.weights or worker in self._leaving:
+            raise Refused("member", f"worker {worker} has not joined, or has left")
+        if pull.layout != state.layout.hash:
+            raise Refused("layout", f"the message of worker {worker} is for a model of another layout")
+        if pull.version > state.version:
+            raise Refused("version", f"worker {worker} has version {pull.version} in round {state.version}")
+        if pull.version < state.version:
+            return self._deliver({worker: _Waiting(pull, (), [ticket])})
+        if self.finished:
+            raise Refused("finished", "the run has ended")
+        self._pulling.setdefault(worker, _Waiting(pull, ())).tickets.append(ticket)
+        return []
+
+    def _due(self, state: ServerState) -> bool:
+        """Whether enough has arrived to close the round.
+
+        Synchronous: everyone who takes part has sent something. Asynchronous: ``buffer`` have pushed, and
+        nobody who is still at work would fall behind by more than ``max_staleness`` versions.
+        """
+        present = state.weights.keys() - self._leaving.keys()
+        if self.plan.server.mode == "sync":
+            asked = set(participants(state.weights, self.plan.participation, self.plan.seed, state.version))
+            expected = asked - self._leaving.keys()
+            return expected <= self._pending.keys() and bool(expected or self._leaving)
+        if not present:
+            return bool(self._leaving)
+        oldest = min((self._base[w] for w in present - self._pending.keys()), default=state.version)
+        most = self.plan.server.max_staleness
+        bounded = most is None or state.version + 1 - oldest <= most
+        return bounded and len(self._pending) >= min(self.plan.buffer, len(present))
+
     def _close_if_complete(self) -> list[Answer]:
-        """Once every present worker has sent something: who has pushed takes no part in an average."""
+        """Who has pushed takes no part in an average."""
         assert self.state is not None
-        present = self.state.weights.keys() - self._leaving.keys()
-        if not present <= self._pending.keys() or not (present or self._leaving):
+        if not self._due(self.state):
             return []
         averages = {w: p for w, p in sorted(self._pending.items()) if isinstance(p.message, Average)}
         return self._average(averages) if averages else self._close()
@@ -257,7 +327,7 @@ class Server:
         bodies = tuple(pack_exact(total[s.start : s.stop].numpy()) for s in state.layout.segments)
         weight = sum(state.weights[worker] for worker in averages)
         frame = Mean(state.version, weight, bodies=bodies, layout=state.layout.hash).pack()
-        return self._deliver(averages, frame, "average")
+        return self._deliver(averages, (frame,))
 
     def _close(self) -> list[Answer]:
         """Fold the round, broadcast the entry, let joiners in and leavers out."""
@@ -265,26 +335,41 @@ class Server:
         state, waiting = self.state, dict(sorted(self._pending.items()))
         self._pending.clear()
         pushes = [w.message for w in waiting.values() if isinstance(w.message, Push)]
-        folded = [
-            Contribution(p.worker, p.sequence, w.updates, p.samples, skipped=p.skipped > 0)
-            for p, w in zip(pushes, waiting.values(), strict=True)
-        ]
+        folded = [self._contribution(state, p, w.updates) for p, w in zip(pushes, waiting.values(), strict=True)]
         folded += [handed for _, handed in sorted(self._leaving.items()) if handed is not None]
         last = self._stopping or state.version + 1 >= self.plan.rounds
         weights = self._next_weights(state, set() if last else set(self._joining))
         final = last or weights == {}
-        options = pushes[0].options if pushes else None
+        ratios = self._steer(state, pushes, waiting)
+        options = next((push.options for push in pushes if push.options), None)  # one worker announces them
         begun = self._clock()
         try:
-            applied = apply(state, Close(tuple(folded), weights, options, final))
+            applied = apply(state, Close(tuple(folded), weights, options, ratios, final))
         except NotFiniteError as error:
             self._pending.update(waiting)
             return self._fail(f"{error}, after the server's optimizer")
         self.vitals.phases["aggregate"].observe(self._clock() - begun)
         self.finished = final
-        answers = self._deliver(waiting, applied.frame, "update")
+        pulling, self._pulling = self._pulling, {}
+        answers = self._deliver({**waiting, **pulling})
         self._observe(state, pushes, applied)
         return answers + (self._turn_away("the run has ended") if final else self._welcome(self._joining))
+
+    def _steer(self, state: ServerState, pushes: list[Push], waiting: dict[int, _Waiting]) -> list[float] | None:
+        """Measure the gradient mismatch, and choose the ratios, where the workers have sent what that takes."""
+        sketches = {push.worker: energies.unpack_sketch(push.sketch) for push in pushes if push.sketch}
+        if pushes and len(sketches) == len(pushes):
+            self.vitals.mismatch = mismatch(state.sender.sketch(), sketches, state.weights)
+        if self._steering is None or not all(push.energies for push in pushes):
+            return None
+        segments = len(state.layout.segments)
+        return self._steering.ratios(
+            state.version,
+            state.ratios,
+            [energies.unpack_energies(push.energies, segments) for push in pushes],
+            [[body.size for body in push.bodies] for push in pushes],
+            sum(one.size for one in waiting.values()) / max(1, len(waiting)),
+        )
 
     def _next_weights(self, state: ServerState, joining: set[int]) -> dict[int, float] | None:
         """The members from the next round on, if they change."""
@@ -292,19 +377,44 @@ class Server:
         self._leaving.clear()
         self.vitals.joins += len(joining - stay)
         members = stay | joining
-        return None if members == state.weights.keys() else equal_weights(list(members))
+        for worker in joining:
+            state.samples[worker] = _samples(self._joining[worker])
+        if members == state.weights.keys():
+            return None
+        state.samples = {worker: state.samples[worker] for worker in members}
+        return shares(state.samples)
 
-    def _deliver(self, waiting: dict[int, _Waiting], frame: U8, kind: str) -> list[Answer]:
+    def _contribution(self, state: ServerState, push: Push, updates: tuple[Update, ...]) -> Contribution:
+        staleness = state.version - push.version
+        self.vitals.staleness.observe(staleness)
+        return Contribution(
+            push.worker,
+            push.sequence,
+            updates,
+            push.samples,
+            push.skipped > 0,
+            tuple(push.replaced or ()),
+            self.plan.server.staleness.weight(staleness),
+        )
+
+    def _deliver(self, waiting: dict[int, _Waiting], frames: tuple[U8, ...] | None = None) -> list[Answer]:
+        """Answer messages, with what each sender's replica lacks unless ``frames`` say otherwise."""
         assert self.state is not None
-        answers = []
-        for worker, message in waiting.items():
-            self._answered[worker] = (_number(message), frame)
-            first, *again = message.tickets
-            answers.append(self._answer(first, kind, frame))
-            answers += [self._answer(ticket, "resend", frame) for ticket in again]
-            if kind == "update":
+        state, answers = self.state, []
+        for worker, one in waiting.items():
+            assert isinstance(one.message, Push | Average | Pull)
+            given = self._since(state, one.message.version) if frames is None else frames
+            kind = "average" if isinstance(one.message, Average) else "update"
+            first, *again = one.tickets
+            answers.append(self._answer(first, kind, *given))
+            answers += [self._answer(ticket, "resend", *given) for ticket in again]
+            if not isinstance(one.message, Average):
+                self._base[worker] = state.version
+            if not isinstance(one.message, Pull):
+                self._answered[worker] = (_number(one), given)
+            if isinstance(one.message, Push):
                 for direction in ("uplink", "downlink"):
-                    self.vitals.dense[direction] += 4 * self.state.layout.trainable
+                    self.vitals.dense[direction] += 4 * state.layout.trainable
         return answers
 
     # -- leaving ---------------------------------------------------------------------------------
@@ -338,9 +448,9 @@ class Server:
         self.vitals.rejected["not_finite"] += 1
         self.vitals.state = "failed"
         self.finished = True
-        waiting = [*self._pending.values(), *self._joining.values()]
-        self._pending.clear()
-        self._joining.clear()
+        waiting = [*self._pending.values(), *self._pulling.values(), *self._joining.values()]
+        for some in (self._pending, self._pulling, self._joining):
+            some.clear()
         frame = Refusal("finished", f"the run has ended: {why}").pack()
         return [self._answer(ticket, "update", frame) for one in waiting for ticket in one.tickets]
 
@@ -384,6 +494,11 @@ class Server:
 def _number(waiting: _Waiting) -> int:
     assert isinstance(waiting.message, Push | Average)
     return waiting.message.sequence
+
+
+def _samples(waiting: _Waiting) -> int | None:
+    assert isinstance(waiting.message, Join)
+    return waiting.message.samples
 
 
 def _size(frames: tuple[U8, ...]) -> int:

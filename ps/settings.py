@@ -9,13 +9,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from protocol.residual import Memory
+from protocol.settings import Strict
 from ps.optimizer import build
-
-
-class Strict(BaseModel):
-    """Immutable, and unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class OptimizerSettings(BaseModel):
@@ -37,12 +32,30 @@ class OptimizerSettings(BaseModel):
         return self
 
 
+class Staleness(Strict):
+    """The weight of an update that was computed s versions ago (Xie, Koyejo, Gupta, FedAsync, 2019, section 5.2)."""
+
+    kind: Literal["constant", "polynomial", "hinge"] = "constant"
+    a: float = Field(default=0.5, gt=0.0)  # polynomial: (s + 1)^-a; hinge: 1 / (a (s - b) + 1) where s > b
+    b: NonNegativeInt = 4  # hinge: versions without a reduction
+
+    def weight(self, staleness: int) -> float:
+        """The factor, in (0, 1], for an update that is ``staleness`` versions behind."""
+        if self.kind == "polynomial":
+            return float((staleness + 1) ** -self.a)
+        if self.kind == "hinge" and staleness > self.b:
+            return 1.0 / (self.a * (staleness - self.b) + 1.0)
+        return 1.0
+
+
 class ServerSettings(Strict):
     """How rounds are closed and what is done with their sum."""
 
-    mode: Literal["sync"] = "sync"
+    mode: Literal["sync", "async"] = "sync"
     quorum: float = Field(default=1.0, ge=1.0, le=1.0)  # share of the workers that closes a round
-    buffer: None = None  # pushes a fold, asynchronous mode only
+    buffer: PositiveInt | None = None  # pushes a fold, asynchronous mode only; null: a quarter of the workers
+    staleness: Staleness = Staleness()  # weights of late updates, asynchronous mode only
+    max_staleness: PositiveInt | None = None  # versions that an update may be behind; others wait; null: any
     shards: Literal[1] = 1
     residual: Memory = "float32"  # how the server's residual is kept in memory
     optimizer: OptimizerSettings = OptimizerSettings()

@@ -6,28 +6,19 @@ for bit, and the same entries. It alters the state in place, since a model is to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from protocol.compression import Compression
 from protocol.layout import Layout
 from protocol.messages import U8, Entry
 from protocol.sender import Sender
-from protocol.update import Update, accumulate
+from ps.aggregate import Aggregate, Contribution
 from ps.log import Log
 from ps.optimizer import ServerOptimizer
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """What one worker adds to a fold: a push, or the residual it hands over when it leaves."""
-
-    worker: int
-    sequence: int
-    updates: tuple[Update, ...]
-    samples: int = 0
-    skipped: bool = False  # a step of its optimizer did not happen (a GradScaler found the loss scale too large)
 
 
 @dataclass(frozen=True)
@@ -38,11 +29,13 @@ class Close:
         contributions: in worker-id order, hand-overs behind the pushes.
         weights: the members from the next round on with their weights, if they change.
         options: the optimizer's options by group, as rank 0 announced them.
+        ratios: of the uplink's selections from the next round on, by segment, if they change.
     """
 
     contributions: tuple[Contribution, ...]
     weights: dict[int, float] | None = None
     options: list[dict[str, Any]] | None = None
+    ratios: list[float] | None = None
     final: bool = False
 
 
@@ -58,10 +51,14 @@ class ServerState:
     w: Tensor
     statics: tuple[U8, ...]
     sender: Sender
+    compression: Compression
+    aggregate: Aggregate
     optimizer: ServerOptimizer
     weights: dict[int, float]
+    ratios: list[float] = field(default_factory=list)
     version: int = 0
     position: int = 0
+    samples: dict[int, int | None] = field(default_factory=dict)  # of each member's own data, if it said
     sequences: dict[int, int] = field(default_factory=dict)  # the last one folded, by worker
     log: Log = field(default_factory=Log)
 
@@ -75,9 +72,12 @@ class Applied:
     left: float  # |e'|^2
 
 
-def equal_weights(workers: list[int]) -> dict[int, float]:
-    """Every worker counts the same."""
-    return {worker: 1.0 / len(workers) for worker in sorted(workers)}
+def shares(samples: Mapping[int, int | None]) -> dict[int, float]:
+    """The members' weights: in proportion to their samples if all have said how many, else equal."""
+    known = {worker: count for worker, count in sorted(samples.items()) if count is not None}
+    if len(known) < len(samples):
+        return {worker: 1.0 / len(samples) for worker in sorted(samples)}
+    return {worker: count / sum(known.values()) for worker, count in known.items()}
 
 
 def _true_model(state: ServerState) -> Tensor:
@@ -97,9 +97,7 @@ def apply(state: ServerState, record: Close) -> Applied:
     Raises:
         NotFiniteError: the step of the server's optimizer holds NaN or Inf; no version was made.
     """
-    total = state.layout.zeros()
-    for place, *updates in zip(state.layout.segments, *(c.updates for c in record.contributions), strict=True):
-        accumulate(updates, total[place.start : place.stop])
+    total = state.aggregate.fold(record.contributions, state.weights)
     skipped = all(contribution.skipped for contribution in record.contributions) and not any(
         total[s.start : s.stop].any() for s in state.layout.segments if s.entry.role == "parameter"
     )
@@ -107,7 +105,7 @@ def apply(state: ServerState, record: Close) -> Applied:
     if not skipped:
         model = _true_model(state) if state.optimizer.needs_model else None
         step = state.optimizer.step(total, model, record.options)
-    message = state.sender.stage(step, state.version)
+    message = state.sender.stage(step, state.version, compressors=state.compression.at(state.version))
     state.sender.commit()
     for contribution in record.contributions:
         state.sequences[contribution.worker] = contribution.sequence
@@ -117,10 +115,14 @@ def apply(state: ServerState, record: Close) -> Applied:
     state.version += 1
     if record.weights is not None:
         state.weights = record.weights
+        state.aggregate.retain(record.weights)
+    if record.ratios is not None:
+        state.ratios = record.ratios
     entry = Entry(
         version=state.version,
         position=state.position,
         weights=record.weights,
+        ratios=record.ratios,
         final=record.final,
         bodies=message.bodies,
         layout=state.layout.hash,

@@ -8,26 +8,32 @@ from __future__ import annotations
 import bisect
 import threading
 from collections import Counter, defaultdict, deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from protocol.messages import Stat
+from ps.steering import Mismatch
 
 BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # seconds
+VERSIONS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # that an update was behind
 ROWS = 4096  # rounds that are kept for whoever watches
 
 
 @dataclass
 class Histogram:
-    """Counts by bucket, and the sum, of durations in seconds."""
+    """Counts by bucket (upper bounds, inclusive), and the sum: of durations in seconds unless bounds say otherwise."""
 
-    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
+    bounds: tuple[float, ...] = BUCKETS
+    counts: list[int] = field(init=False)
     total: float = 0.0
 
-    def observe(self, seconds: float) -> None:
-        """Count one duration."""
-        self.counts[bisect.bisect_left(BUCKETS, seconds)] += 1
-        self.total += seconds
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.total += value
 
 
 @dataclass
@@ -40,8 +46,9 @@ class WorkerVitals:
     def contraction(self) -> float:
         """``|p - C(p)|**2 / |p|**2`` of the last push."""
         before = self.latest.get(Stat.BEFORE, 0.0) ** 2
-        left = self.latest.get(Stat.ERROR, 0.0) ** 2 + self.latest.get(Stat.DISCARDED, 0.0) ** 2
-        return left / before if before else 0.0
+        # without error feedback, what was left behind is what was discarded
+        left = self.latest.get(Stat.ERROR, 0.0) or self.latest.get(Stat.DISCARDED, 0.0)
+        return left**2 / before if before else 0.0
 
 
 class Vitals:
@@ -58,6 +65,8 @@ class Vitals:
         self.dense: Counter[str] = Counter()  # direction -> bytes that float32 updates would take
         self.rejected: Counter[str] = Counter()
         self.phases: dict[str, Histogram] = defaultdict(Histogram)
+        self.staleness = Histogram(VERSIONS)
+        self.mismatch: Mismatch | None = None  # of the last round in which it was measured
         self.server_before = self.server_left = 0.0  # squared norms of the last round
         self.server_conservation = 0.0
         self.discarded = 0.0  # sum over rounds and workers of the norms of what was dropped
@@ -136,6 +145,7 @@ class Vitals:
                 "uplink_ratio": self.ratio("uplink"),
                 "downlink_ratio": self.ratio("downlink"),
                 "conservation_error": self.conservation(),
+                "mismatch": asdict(self.mismatch) if self.mismatch else None,
             }
         )
 

@@ -12,8 +12,9 @@ import ray
 import torch
 
 from protocol.errors import CarryoverError, RunStopped
+from workers.rounds import WorkerPlan
 from workers.runner import Outcome, Train, run
-from workers.session import Session, WorkerPlan
+from workers.session import Session
 
 U8 = npt.NDArray[np.uint8]
 

@@ -45,25 +45,23 @@ class Samples:
                 f"batch_size {size!r} is not an int between 1 and the data set's {len(dataset)} samples"
             )
         self.dataset = dataset
-        self.size = size
         self._seed = seed
         self._collate = collate
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
-    def indices(self, start: int) -> list[int]:
+    def indices(self, start: int, size: int) -> list[int]:
         """The data set's indices for the ``size`` places from ``start`` of the sequence."""
         chosen: list[int] = []
         length = len(self.dataset)
-        while len(chosen) < self.size:
+        while len(chosen) < size:
             epoch, offset = divmod(start + len(chosen), length)
             self._shuffle(epoch)
-            chosen += self._order[offset : offset + self.size - len(chosen)].tolist()
+            chosen += self._order[offset : offset + size - len(chosen)].tolist()
         return chosen
 
-    def batch(self, start: int) -> Any:
-        """The collated samples from ``start`` of the sequence."""
-        chosen = self.indices(start)
+    def batch(self, chosen: list[int]) -> Any:
+        """The collated samples at these indices."""
         if type(self.dataset) is TensorDataset and self._collate is None:
             return [tensor[chosen] for tensor in self.dataset.tensors]
         return (self._collate or default_collate)([self.dataset[i] for i in chosen])

@@ -22,14 +22,30 @@ class StatefulOptimizerWarning(UserWarning):
 
 
 class StepCounter:
-    """Counts the optimizer steps that happen, which a GradScaler may skip."""
+    """Counts the optimizer steps that happen, which a GradScaler may skip.
+
+    Attributes:
+        factor: on every learning rate; the optimizer's own stays what the user and the schedulers set.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.factor = 1.0
         self._count = 0
+        self._rates: list[Any] = []
+        optimizer.register_step_pre_hook(self._begin)
         optimizer.register_step_post_hook(self._stepped)
 
-    def _stepped(self, *_: Any) -> None:
+    def _begin(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self.factor != 1.0:
+            self._rates = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * self.factor
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._count += 1
+        if self.factor != 1.0:
+            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate
 
     def take(self) -> int:
         """The steps since the last call."""
@@ -41,6 +57,9 @@ class GradientCapture:
     """Replaces ``optimizer.step`` by one that keeps the gradients for the next push.
 
     Learning rates and other options are read at that moment, so that schedulers work as usual.
+
+    Attributes:
+        factor: on every learning rate that is announced.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, replica: Replica) -> None:
@@ -51,6 +70,7 @@ class GradientCapture:
                 "the optimizer given to session.prepare has state from earlier steps, which send: gradient would lose; "
                 "give a new one"
             )
+        self.factor = 1.0
         self.gradient = torch.zeros_like(replica.w)
         self._optimizer = optimizer
         self._replica = replica
@@ -113,10 +133,13 @@ class GradientCapture:
         return changed if any(changed) else None
 
     def _options(self) -> Options:
-        return [
+        options = [
             {name: _plain(value) for name, value in group.items() if name != "params"}
             for group in self._optimizer.param_groups
         ]
+        for group in options if self.factor != 1.0 else ():
+            group["lr"] *= self.factor
+        return options
 
 
 def _plain(value: Any) -> Any:

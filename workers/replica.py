@@ -12,7 +12,7 @@ from torch import Tensor
 
 from protocol import snapshot
 from protocol.errors import LayoutError
-from protocol.layout import layout_of
+from protocol.layout import Granularity, layout_of
 
 U8 = npt.NDArray[np.uint8]
 
@@ -22,19 +22,22 @@ class Replica:
 
     Args:
         model: the user's; its tensors are read and written in place, never replaced by us.
+        granularity: what is compressed as one vector.
+        controls: whether ``w`` also holds a control variate of each parameter, which the model does not.
 
     Attributes:
         layout: of the model.
         w: shape ``(layout.numel,)`` in the working precision, on the model's device.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, granularity: Granularity = "layer", controls: bool = False) -> None:
         self._model = model
         self._parameters = list(model.named_parameters())
         self._trained = [parameter.requires_grad for _, parameter in self._parameters]
-        self.layout = layout_of(self._parameters, model.named_buffers())
+        self.layout = layout_of(self._parameters, model.named_buffers(), granularity, controls)
         tensors = self._tensors()
-        exchanged = [tensors[s.entry.name] for s in self.layout.segments]
+        self._places = [place for place in self.layout.tensors if place.entry.role != "control"]
+        exchanged = [tensors[place.entry.name] for place in self._places]
         self.device = exchanged[0].device
         self.w = self.layout.zeros(self.device)
         self._known = {entry.name for entry in self.layout.entries}
@@ -51,9 +54,9 @@ class Replica:
 
     @torch.no_grad()
     def read(self, out: Tensor) -> Tensor:
-        """Copy the model's tensors to ``out``, shape ``(layout.numel,)``."""
+        """Copy the model's tensors to ``out``, shape ``(layout.numel,)``; control variates are left alone."""
         tensors = self._tensors()
-        for place in self.layout.segments:
+        for place in self._places:
             out[place.start : place.stop].copy_(tensors[place.entry.name].reshape(-1))
         return out
 
@@ -61,14 +64,14 @@ class Replica:
     def show(self, vector: Tensor) -> Tensor:
         """Let the model's tensors hold ``vector``; what they hold then, after rounding to their dtypes."""
         tensors = self._tensors()
-        for place in self.layout.segments:
+        for place in self._places:
             tensors[place.entry.name].copy_(vector[place.start : place.stop].view(place.entry.shape))
         return vector if self._exact else self.read(torch.empty_like(vector))
 
     @torch.no_grad()
     def read_gradients(self, out: Tensor) -> Tensor:
         """Copy the gradients to the parameters' places in ``out``; zero where there is none."""
-        for place, (_, parameter) in zip(self.layout.segments, self.trained(), strict=False):  # buffers come last
+        for place, (_, parameter) in zip(self._places, self.trained(), strict=False):  # buffers come last
             part, gradient = out[place.start : place.stop], parameter.grad
             if gradient is None:
                 part.zero_()

@@ -15,7 +15,8 @@ import torch
 from protocol.errors import CarryoverError, Refused, RunFailed, RunStopped
 from workers.batches import seed_everything
 from workers.exchange import Transport
-from workers.session import Session, WorkerPlan
+from workers.rounds import WorkerPlan
+from workers.session import Session
 
 NO_PARAMETERS = "optimizer got an empty parameter list"  # torch's words, before session.prepare could say more
 

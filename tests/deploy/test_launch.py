@@ -173,7 +173,7 @@ def test_the_ledgers_are_checked_after_the_last_round_whatever_the_interval(proj
         for _ in session.batches(range(8), batch_size=2):
             model.weight.data.add_(0.1)
             if session.version == 3 and session.rank == 1:
-                session._sender.residual.add_(0.01)
+                session._rounds.method.sender.residual.add_(0.01)
 
     settings = {"rounds": 6, "backend": "inline", "metrics": {"port": None, "sketch_every": 1000}}
     result = launch(train, settings, observe=lambda row: None)

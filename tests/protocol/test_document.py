@@ -6,7 +6,7 @@ from pathlib import Path
 
 from protocol import messages
 from protocol.coding import indices
-from protocol.messages import Average, Entry, Farewell, Join, Leave, Mean, Push, Refusal, Welcome
+from protocol.messages import Average, Entry, Farewell, Join, Leave, Mean, Pull, Push, Refusal, Welcome
 from protocol.segment import ALL, KEYED, NOTHING, PRODUCT
 from protocol.values import BY_ID
 
@@ -34,7 +34,7 @@ def test_the_document_lists_every_message_with_its_kind_and_its_keys():
         rows = re.findall(r"^\| (\d+) \| (\w+) \|", part, re.MULTILINE)
         found[name] = int(kind), {field: int(key) for key, field in rows}
     expected = {}
-    for message in (Join, Welcome, Push, Entry, Average, Mean, Refusal, Leave, Farewell):
+    for message in (Join, Welcome, Push, Entry, Average, Mean, Refusal, Leave, Farewell, Pull):
         fields = {f.name: f.metadata["key"] for f in dataclasses.fields(message) if "key" in f.metadata}
         expected[message.__name__] = message.KIND, fields
     assert found == expected

@@ -23,6 +23,7 @@ from protocol.messages import (
     Join,
     Leave,
     Mean,
+    Pull,
     Push,
     Refusal,
     Stat,
@@ -36,16 +37,19 @@ LAYOUT = Layout((Tensor("weight", (2, 3), "float32", "parameter"), Tensor("bias"
 VALUES = np.array([1, -2, 0, 3, 0.5, 0], np.float32)
 BODIES = (pack_exact(VALUES), pack_exact(VALUES[:2]))
 
+RARE = (b"sketch", b"energies", [b"a push", b"another"])  # fields of a Push that few have
+
 SAMPLES = (
-    Join(3, LAYOUT.describe(), {"kind": "torch.optim.SGD", "groups": [{"params": ["weight"], "lr": 0.5}]}, 7),
-    Welcome(7, 640, {0: 0.25, 3: 0.75}, bodies=BODIES),
-    Push(3, 9, 7, 32, pack_statistics({0: 1.5}), ["loss"], 2**63 - 1, [{"lr": 0.1}], 2, bodies=BODIES),
-    Entry(8, 672, {3: 1.0}, True, bodies=BODIES),
+    Join(3, LAYOUT.describe(), {"kind": "torch.optim.SGD", "groups": [{"params": ["weight"], "lr": 0.5}]}, 7, 90),
+    Welcome(7, 640, {0: 0.25, 3: 0.75}, [0.125, 0.0], bodies=BODIES),
+    Push(3, 9, 7, 32, pack_statistics({0: 1.5}), ["loss"], 2**63 - 1, [{"lr": 0.1}], 2, [1], *RARE, bodies=BODIES),
+    Entry(8, 672, {3: 1.0}, True, [0.5, 1.0], bodies=BODIES),
     Average(3, 10, 8, bodies=BODIES),
     Mean(8, 0.75, bodies=BODIES),
     Refusal("version", "worker 3 sent an update of version 7 in round 8"),
     Leave(3, "spot", bodies=BODIES),
     Farewell(8),
+    Pull(3, 8),
 )
 every_message = pytest.mark.parametrize("message", SAMPLES, ids=lambda message: type(message).__name__)
 laws = settings(deadline=None, max_examples=60)
@@ -53,6 +57,7 @@ laws = settings(deadline=None, max_examples=60)
 whole = st.integers(0, 2**63 - 1)
 count = st.integers(0, 2**32 - 1)
 weights = st.dictionaries(whole, st.floats(0, 1, exclude_min=True), max_size=4)
+ratios = st.lists(st.floats(0, 1), max_size=3)
 options = st.dictionaries(
     st.text(max_size=5).filter("params".__ne__),
     st.none() | st.booleans() | st.floats(allow_nan=False) | st.lists(st.floats(0, 1), max_size=2),
@@ -74,9 +79,10 @@ drawn = st.one_of(
         described,
         st.none() | st.fixed_dictionaries({"kind": st.text(max_size=9), "groups": st.lists(groups, max_size=2)}),
         st.none() | whole,
+        st.none() | count,
         **common,
     ),
-    st.builds(Welcome, whole, whole, weights, **common),
+    st.builds(Welcome, whole, whole, weights, st.none() | ratios, **common),
     st.builds(
         Push,
         whole,
@@ -88,14 +94,19 @@ drawn = st.one_of(
         st.none() | whole,
         st.none() | st.lists(options, max_size=2),
         count,
+        st.none() | st.lists(whole, max_size=3),
+        st.binary(max_size=9),
+        st.binary(max_size=9),
+        st.none() | st.lists(st.binary(max_size=9), max_size=2),
         **common,
     ),
-    st.builds(Entry, whole, whole, st.none() | weights, st.booleans(), **common),
+    st.builds(Entry, whole, whole, st.none() | weights, st.booleans(), st.none() | ratios, **common),
     st.builds(Average, whole, whole, whole, **common),
     st.builds(Mean, whole, st.floats(0, 2, exclude_min=True), **common),
     st.builds(Refusal, st.sampled_from(REASONS), st.text(), **common),
     st.builds(Leave, whole, st.text(), **common),
     st.builds(Farewell, whole, **common),
+    st.builds(Pull, whole, whole, **common),
 )
 
 
@@ -127,14 +138,14 @@ def test_every_message_comes_out_as_it_went_in(message):
 
 
 def test_the_samples_cover_every_kind():
-    assert sorted(message.KIND for message in SAMPLES) == list(range(1, 10))
+    assert sorted(message.KIND for message in SAMPLES) == list(range(1, 11))
 
 
 def test_kinds_and_keys_never_change():
     """What is written here has been sent; numbers may be added and none may be used again."""
     assert {type(m).__name__: (m.KIND, keys(m)) for m in SAMPLES} == {
-        "Join": (1, {"worker": 1, "description": 2, "optimizer": 3, "version": 4}),
-        "Welcome": (2, {"version": 1, "position": 2, "weights": 3}),
+        "Join": (1, {"worker": 1, "description": 2, "optimizer": 3, "version": 4, "samples": 5}),
+        "Welcome": (2, {"version": 1, "position": 2, "weights": 3, "ratios": 4}),
         "Push": (
             3,
             {
@@ -147,14 +158,19 @@ def test_kinds_and_keys_never_change():
                 "digest": 7,
                 "options": 8,
                 "skipped": 9,
+                "replaced": 10,
+                "sketch": 11,
+                "energies": 12,
+                "relayed": 13,
             },
         ),
-        "Entry": (4, {"version": 1, "position": 2, "weights": 3, "final": 4}),
+        "Entry": (4, {"version": 1, "position": 2, "weights": 3, "final": 4, "ratios": 5}),
         "Average": (5, {"worker": 1, "sequence": 2, "version": 3}),
         "Mean": (6, {"version": 1, "weight": 2}),
         "Refusal": (7, {"reason": 1, "detail": 2}),
         "Leave": (8, {"worker": 1, "cause": 2}),
         "Farewell": (9, {"version": 1}),
+        "Pull": (10, {"worker": 1, "version": 2}),
     }
 
 
@@ -182,9 +198,9 @@ def test_every_flip_of_a_single_bit_is_a_decode_error(message):
             messages.parse(altered)
 
 
-@pytest.mark.parametrize("kind", [0, *range(10, 256)])
+@pytest.mark.parametrize("kind", [0, *range(11, 256)])
 def test_an_unknown_kind_is_refused(kind):
-    with pytest.raises(DecodeError, match=f"kind {kind}; valid are 1, 2, 3, 4, 5, 6, 7, 8, 9"):
+    with pytest.raises(DecodeError, match=f"kind {kind}; valid are 1, 2, 3, 4, 5, 6, 7, 8, 9, 10"):
         messages.parse(forge(kind, {1: 0}))
 
 
@@ -207,6 +223,7 @@ def test_an_unknown_field_is_refused(message):
 NO_NUMBER = (None, True, -1, 2**63, 1.0, "1", b"1", [], {})
 NO_COUNT = (*NO_NUMBER, 2**32)
 NO_WEIGHTS = (1, [], "", {0: 0.0}, {0: 1.5}, {0: -0.5}, {0: float("nan")}, {0: 1}, {-1: 0.5}, {"0": 0.5})
+NO_RATIOS = (1, {}, b"", [1], [-0.5], [1.5], [float("nan")], ["0.5"], [None])
 NO_TEXT = (None, 1, b"text", ["text"], {})
 MALFORMED = {
     ("Join", "worker"): NO_NUMBER,
@@ -223,9 +240,11 @@ MALFORMED = {
         {"kind": "SGD", "groups": [{"params": ["weight"], 1: 2}]},
     ),
     ("Join", "version"): NO_NUMBER[1:],
+    ("Join", "samples"): NO_COUNT[1:],
     ("Welcome", "version"): NO_NUMBER,
     ("Welcome", "position"): NO_NUMBER,
     ("Welcome", "weights"): (None, *NO_WEIGHTS),
+    ("Welcome", "ratios"): NO_RATIOS,
     ("Push", "worker"): NO_NUMBER,
     ("Push", "sequence"): NO_NUMBER,
     ("Push", "version"): NO_NUMBER,
@@ -235,10 +254,15 @@ MALFORMED = {
     ("Push", "digest"): NO_NUMBER[1:],
     ("Push", "options"): ({}, [1], [[]], [{1: 2}], [{"params": []}], "lr"),
     ("Push", "skipped"): NO_COUNT,
+    ("Push", "replaced"): (1, {}, "1", [None], [-1], [True], [0.5]),
+    ("Push", "sketch"): (None, "text", 1, []),
+    ("Push", "energies"): (None, "text", 1, []),
+    ("Push", "relayed"): (1, b"push", {}, [1], ["push"], [None]),
     ("Entry", "version"): NO_NUMBER,
     ("Entry", "position"): NO_NUMBER,
     ("Entry", "weights"): NO_WEIGHTS,
     ("Entry", "final"): (None, 1, 0, "true"),
+    ("Entry", "ratios"): NO_RATIOS,
     ("Average", "worker"): NO_NUMBER,
     ("Average", "sequence"): NO_NUMBER,
     ("Average", "version"): NO_NUMBER,
@@ -249,6 +273,8 @@ MALFORMED = {
     ("Leave", "worker"): NO_NUMBER,
     ("Leave", "cause"): NO_TEXT,
     ("Farewell", "version"): NO_NUMBER,
+    ("Pull", "worker"): NO_NUMBER,
+    ("Pull", "version"): NO_NUMBER,
 }
 
 

@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from protocol import Layout, NotFiniteError, compressor, ledger
+from protocol.carry import OWED, Dropped
 from protocol.layout import Entry
 from protocol.segment import exact, unpack
 from protocol.sender import Sender
@@ -39,10 +40,10 @@ def layout(dtype="float32"):
     )
 
 
-def sender(spec, keep=True, dtype="float32", seed=5, memory="float32"):
+def sender(spec, dtype="float32", seed=5, memory="float32"):
     place = layout(dtype)
     each = compressor(spec) if isinstance(spec, str) else spec
-    return Sender(place, (each,) * len(place.segments), seed, keep, memory=memory)
+    return Sender(place, (each,) * len(place.segments), seed, memory=memory)
 
 
 def updates(sender, seed=0):
@@ -163,21 +164,23 @@ def test_a_refused_update_joins_the_residual_whole():
 
 
 def test_a_refused_update_is_discarded_if_nothing_is_carried_over():
-    one = sender("topk:0.1", keep=False)
-    one.stage(next(updates(one)), 0)
+    one = sender("topk:0.1", memory=None)
+    one.stage(next(updates(one)), 0, Dropped())
     one.refuse()
     assert one.error_norm() == 0
     assert one.conservation_error() == 0
 
 
 def test_without_feedback_the_residual_stays_zero_and_the_rest_counts_as_discarded():
-    one = sender("topk:0.1", keep=False)
+    one = sender("topk:0.1", memory=None)
     given = next(updates(one))
-    message = one.stage(given, 0)
+    message = one.stage(given, 0, Dropped())
     one.commit()
     assert one.error_norm() == 0
     assert one.conservation_error() <= HEALTHY
-    assert math.sqrt(message.norms.left) == pytest.approx(float((given - dense(one, message)).norm()), rel=1e-6)
+    assert message.norms.left == 0
+    dropped = float((given - dense(one, message)).norm())
+    assert math.sqrt(message.norms.discarded) == pytest.approx(dropped, rel=1e-6)
 
 
 @pytest.mark.parametrize("act", [Sender.commit, Sender.refuse])
@@ -459,10 +462,10 @@ class Watching:
 
 @every_memory
 def test_a_compressor_can_tell_whether_what_it_leaves_is_kept(memory):
-    for keep, seen in ((False, {(False, False)}), (True, {(memory == "float32", True)})):
+    for rule, seen in ((Dropped(), {(False, False)}), (OWED, {(memory == "float32", True)})):
         watching = Watching()
-        one = sender(watching, keep, memory=memory)
-        one.stage(next(updates(one)), 0)
+        one = sender(watching, memory=memory)
+        one.stage(next(updates(one)), 0, rule)
         assert watching.seen == seen
     averaging = Watching()
     one.average((averaging,) * 4, 1)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol import Layout, compressor, messages, snapshot
+from protocol.carry import Dropped
 from protocol.layout import Entry as Tensor
 from protocol.messages import Average, Entry, Farewell, Join, Leave, Mean, Push, Refusal, Welcome
 from protocol.segment import pack_exact
@@ -193,8 +194,8 @@ class Run:
 
     def average(self, worker, number):
         worker.sequence += 1
-        outgoing = Sender(LAYOUT, [compressor(AVERAGE)] * 2, 0, keep=False)
-        worker.message = outgoing.stage(worker.sender.residual, worker.sequence)
+        outgoing = Sender(LAYOUT, [compressor(AVERAGE)] * 2, 0, memory=None)
+        worker.message = outgoing.stage(worker.sender.residual, worker.sequence, Dropped())
         at = (worker.number, worker.sequence, worker.version)
         worker.state, worker.reply = "averaging", None
         worker.frame = Average(*at, bodies=worker.message.bodies, layout=LAYOUT.hash).pack()

@@ -49,7 +49,7 @@ def look(session, each, dataset=NUMBERS, size=4, **options):
 def test_every_epoch_holds_every_sample_once_however_batches_straddle_it(length, seed, data):
     size = data.draw(st.integers(1, length))
     samples = Samples(Numbers(length), size, seed)
-    sequence = [index for batch in range(3 * length) for index in samples.indices(batch * size)]
+    sequence = [index for batch in range(3 * length) for index in samples.indices(batch * size, size)]
     assert len(sequence) == 3 * length * size
     for epoch in range(3 * size):
         assert sorted(sequence[epoch * length : (epoch + 1) * length]) == list(range(length))
@@ -63,11 +63,11 @@ def test_a_batch_depends_on_seed_and_position_alone_not_on_what_was_read_before(
     np.random.seed(starts[0])
     torch.manual_seed(starts[0])
     for start in starts:
-        assert samples.indices(start) == Samples(Numbers(37), 5, seed).indices(start)
+        assert samples.indices(start, 5) == Samples(Numbers(37), 5, seed).indices(start, 5)
 
 
 def test_epochs_and_seeds_are_shuffled_differently():
-    orders = [tuple(Samples(Numbers(30), 30, seed).indices(30 * epoch)) for seed in (0, 1) for epoch in (0, 1, 2)]
+    orders = [tuple(Samples(Numbers(30), 30, seed).indices(30 * epoch, 30)) for seed in (0, 1) for epoch in (0, 1, 2)]
     assert len({*orders, tuple(range(30))}) == 7
 
 
@@ -98,7 +98,7 @@ def test_a_batch_is_the_one_at_position_rank_and_step(inline):
     seen = batches(inline, rounds=9, workers={"count": 3, "local_steps": 2}, seed=7)
     samples = Samples(NUMBERS, 4, 7)
     for (version, rank, step), batch in seen.items():
-        assert batch == samples.indices(version * 24 + (step * 3 + rank) * 4)
+        assert batch == samples.indices(version * 24 + (step * 3 + rank) * 4, 4)
     assert [row["position"] for row in inline.rows] == [24 * version for version in range(1, 10)]
 
 
@@ -119,9 +119,9 @@ class Pair(NamedTuple):
 
 def test_samples_are_collated_as_torch_does_it_or_as_the_user_says(inline):
     pairs = [Pair(n, {"text": str(n), "half": torch.tensor(n / 2)}) for n in range(48)]
-    chosen = Samples(pairs, 4, 0).indices(8)
-    assert str(Samples(pairs, 4, 0).batch(8)) == str(default_collate([pairs[n] for n in chosen]))
-    assert Samples(pairs, 4, 0, collate=lambda batch: [pair.number for pair in batch]).batch(8) == chosen
+    chosen = Samples(pairs, 4, 0).indices(8, 4)
+    assert str(Samples(pairs, 4, 0).batch(chosen)) == str(default_collate([pairs[n] for n in chosen]))
+    assert Samples(pairs, 4, 0, collate=lambda batch: [pair.number for pair in batch]).batch(chosen) == chosen
 
     def each(session, number, batch):
         assert isinstance(batch, Pair)
@@ -135,8 +135,8 @@ def test_samples_are_collated_as_torch_does_it_or_as_the_user_says(inline):
 def test_a_tensor_data_set_gives_what_indexing_it_gives():
     dataset = TensorDataset(torch.randn(20, 3), torch.arange(20))
     samples = Samples(dataset, 6, 0)
-    expected = default_collate([dataset[n] for n in samples.indices(17)])
-    assert all(map(torch.equal, samples.batch(17), expected))
+    expected = default_collate([dataset[n] for n in samples.indices(17, 6)])
+    assert all(map(torch.equal, samples.batch(samples.indices(17, 6)), expected))
 
 
 def test_a_data_set_that_builds_on_a_tensor_data_set_is_asked_for_its_own_samples():
@@ -145,7 +145,7 @@ def test_a_data_set_that_builds_on_a_tensor_data_set_is_asked_for_its_own_sample
             return tuple(-tensor for tensor in super().__getitem__(index))
 
     samples = Samples(Negated(torch.arange(20)), 6, 0)
-    assert samples.batch(0)[0].tolist() == [-n for n in samples.indices(0)]
+    assert samples.batch(samples.indices(0, 6))[0].tolist() == [-n for n in samples.indices(0, 6)]
 
 
 def test_moving_a_batch_keeps_its_structure():

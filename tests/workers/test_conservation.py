@@ -56,7 +56,7 @@ def loop(session, each=None, dtype=torch.float32, make=net):
 
 
 def senders(inline):
-    return [*(session._sender for session in inline.sessions.values()), inline.server.state.sender]
+    return [*(session._rounds.method.sender for session in inline.sessions.values()), inline.server.state.sender]
 
 
 def worst(inline) -> float:
@@ -112,7 +112,7 @@ def test_the_ledgers_balance_in_every_memory_and_notice_a_lost_segment(inline, m
 
     def each(session, model):
         if who and session.version == 20 and session.rank == 1:
-            fired.append(session._sender if who == "worker" else inline.server.state.sender)
+            fired.append(session._rounds.method.sender if who == "worker" else inline.server.state.sender)
             drop(fired[0])
 
     settings = {
@@ -200,14 +200,14 @@ def test_rounding_does_not_pile_up_over_many_rounds(inline):
 def test_a_residual_that_was_tampered_with_shows_in_the_conservation_error(inline, name, spec, who):
     def each(session, model):
         if session.version == 4 and session.rank == 1:
-            sender = session._sender if who == "worker" else inline.server.state.sender
+            sender = session._rounds.method.sender if who == "worker" else inline.server.state.sender
             assert sender.conservation_error() <= 4
             sender.residual[7] += 0.01
 
     settings = {"feedback": FEEDBACK[name], "uplink": spec, "downlink": spec}
     inline.train(partial(loop, each=each), rounds=11, workers={"count": 3}, **settings)
     assert inline.summary["conservation_error"] > 16
-    tampered = inline.sessions[1]._sender if who == "worker" else inline.server.state.sender
+    tampered = inline.sessions[1]._rounds.method.sender if who == "worker" else inline.server.state.sender
     for sender in senders(inline):
         assert (sender.conservation_error() > 16) == (sender is tampered)
 
@@ -246,9 +246,9 @@ class History:
     def see(self, session) -> None:
         version, state = session.version, self.inline.server.state
         assert state.version == version
-        assert torch.equal(state.w, session._replica.w)
+        assert torch.equal(state.w, session._rounds.replica.w)
         self.w[version], self.owed[version] = copy(state.w), copy(state.sender.residual)
-        self.local[version] = self.local.get(version, 0) + copy(session._sender.residual)
+        self.local[version] = self.local.get(version, 0) + copy(session._rounds.method.sender.residual)
 
     def gave(self, version: int, update: torch.Tensor) -> None:
         self.given[version] = self.given.get(version, 0) + update
@@ -344,7 +344,7 @@ def test_the_true_model_takes_a_leaving_workers_residual_along(inline):
     assert inline.server.state.version == 8
     assert set(inline.server.state.weights) == {0, 2}
     assert max(history.off()) <= 1e-13
-    assert inline.sessions[1]._sender.residual.abs().max() > 1e-3
+    assert inline.sessions[1]._rounds.method.sender.residual.abs().max() > 1e-3
 
 
 class Leave(Exception):
@@ -364,9 +364,9 @@ def test_a_refused_update_joins_the_residual_and_the_ledger_still_balances(inlin
     def each(session, model):
         if session.version != 3:
             return None
-        sender, y = session._sender, flat(model)
-        kept["residual"], kept["w"] = sender.residual.clone(), session._replica.w.clone()
-        session.version = 99  # the server refuses an update of another version
+        sender, y = session._rounds.method.sender, flat(model)
+        kept["residual"], kept["w"] = sender.residual.clone(), session._rounds.replica.w.clone()
+        session._rounds.version = 99  # the server refuses an update of another version
 
         def end():
             gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
@@ -382,11 +382,11 @@ def test_a_refused_update_joins_the_residual_and_the_ledger_still_balances(inlin
     lossy = {"uplink": "topk:0.1+int4", "downlink": "topk:0.1+int4", "feedback": FEEDBACK[name], "send": send}
     with pytest.raises(RunFailed, match="before the run had done its rounds"):
         inline.train(train, workers={"count": 1}, **lossy)
-    sender = inline.sessions[0]._sender
+    sender = inline.sessions[0]._rounds.method.sender
     expected = kept["residual"] + kept["given"] if name != "none" else torch.zeros_like(kept["given"])
     assert kept["given"].abs().max() > 1e-3
     assert torch.equal(sender.residual, expected)
-    assert torch.equal(inline.sessions[0]._replica.w, kept["w"])
+    assert torch.equal(inline.sessions[0]._rounds.replica.w, kept["w"])
     assert sender.conservation_error() <= 4
     assert np.abs(sender.ledger.difference).max() > 0 or name == "none"
     assert inline.summary["rejected"] == {"version": 1}

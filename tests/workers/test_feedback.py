@@ -125,7 +125,7 @@ def run(inline, dtype: torch.dtype = torch.float64, **settings: Any) -> tuple[li
             if (session.version, session.rank) not in batches:
                 now["x"], now["error"] = numbers(state.w), numbers(state.sender.residual)
                 now["half"][session.rank] = numbers(nn.utils.parameters_to_vector(model.parameters()))
-                now["local"][session.rank] = K * numbers(session._sender.residual)
+                now["local"][session.rank] = K * numbers(session._rounds.method.sender.residual)
             seen = batches.setdefault((session.version, session.rank), [])
             seen.append((numbers(inputs), numbers(labels)))
             optimizer.zero_grad()
@@ -236,6 +236,7 @@ def test_step_ahead_of_strength_0_is_plain_error_feedback_bit_for_bit(inline):
 
 def test_the_bytes_of_averaging_count(inline):
     lossy = {"uplink": "topk:0.1", "downlink": "topk:0.1"}
+    lossy["metrics"] = {"port": None, "sketch_every": ROUNDS}  # sketches are as large as these updates
     run(inline, feedback={"kind": "saef"}, **lossy)
     without = inline.summary
     run(inline, feedback={"kind": "saef", "average_every": 2}, **lossy)

@@ -48,7 +48,7 @@ def test_all_replicas_are_equal_bit_for_bit_after_every_round(inline, name):
     seen = {}
 
     def each(session):
-        w = session._replica.w
+        w = session._rounds.replica.w
         assert torch.equal(w.view(torch.int32), inline.server.state.w.view(torch.int32))
         seen.setdefault(session.version, []).append(session.fingerprint())
 
@@ -78,7 +78,7 @@ def test_the_seed_fixes_the_fingerprint(inline, name):
 def test_one_flipped_bit_of_a_replica_is_refused_and_fails_the_run(inline, worker, place):
     def flip(session):
         if (session.version, session._plan.worker) == (3, worker):
-            session._replica.w.view(torch.int32)[place] ^= 1
+            session._rounds.replica.w.view(torch.int32)[place] ^= 1
 
     with pytest.raises(RunFailed, match=f"^the replica of worker {worker} differs from the server's at version 3$"):
         inline.train(partial(train, each=flip), workers={"count": 3}, **RUNS["saef"])
@@ -91,7 +91,7 @@ def test_one_flipped_bit_of_a_replica_is_refused_and_fails_the_run(inline, worke
 def test_a_flipped_bit_is_noticed_at_the_next_check_or_at_the_end(inline):
     def flip(session):
         if (session.version, session.rank) == (2, 1):
-            session._replica.w.view(torch.int32)[0] ^= 1
+            session._rounds.replica.w.view(torch.int32)[0] ^= 1
 
     def run(every):
         metrics = {"port": None, "sketch_every": every}

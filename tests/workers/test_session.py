@@ -426,8 +426,12 @@ def test_an_update_that_is_not_finite_is_refused_by_name_and_touches_nothing(inl
     kept = {}
 
     def state(session):
-        sender = session._sender
-        return [session._replica.w.clone(), sender.residual.clone(), torch.from_numpy(sender.ledger.difference.copy())]
+        sender = session._rounds.method.sender
+        return [
+            session._rounds.replica.w.clone(),
+            sender.residual.clone(),
+            torch.from_numpy(sender.ledger.difference.copy()),
+        ]
 
     def train(session):
         model, optimizer = ready(session)
@@ -445,7 +449,7 @@ def test_an_update_that_is_not_finite_is_refused_by_name_and_touches_nothing(inl
     assert kept[1][1].abs().max() > 0
     assert all(torch.equal(now, then) for now, then in zip(state(session), kept[1], strict=True))
     assert session.version == 3
-    assert session._sender.conservation_error() <= 4
+    assert session._rounds.method.sender.conservation_error() <= 4
     assert inline.summary["status"] == "failed"
     assert inline.summary["rejected"]["not_finite"] == 1
     assert inline.summary["rejected"].keys() <= {"not_finite", "finished"}  # what others still sent to the ended run

@@ -28,7 +28,7 @@ def test_a_sparse_residual_holds_the_rows_that_were_touched_and_trains_the_same(
     for memory in ("float32", "sparse"):
         own = {"count": 2, "residual": memory}
         inline.train(train, rounds=30, workers=own, server={"residual": memory}, **settings)
-        senders = [session._sender for session in inline.sessions.values()] + [inline.server.state.sender]
+        senders = [session._rounds.method.sender for session in inline.sessions.values()] + [inline.server.state.sender]
         found[memory] = inline.summary["fingerprint"], [sender._residual.nbytes for sender in senders]
         assert inline.summary["reported"]["loss"] < 0.69
     assert found["float32"][0] == found["sparse"][0]

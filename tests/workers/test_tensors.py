@@ -252,7 +252,7 @@ def test_one_wide_parameter_makes_the_working_precision_wide(inline):
     compare(inline, Mixed)
     assert inline.server.state.w.dtype == torch.float64
     assert not torch.equal(part(inline, "first.weight"), part(inline, "first.weight").float().double())
-    assert torch.equal(inline.sessions[0]._replica.w, inline.server.state.w)
+    assert torch.equal(inline.sessions[0]._rounds.replica.w, inline.server.state.w)
 
 
 # --- buffers
@@ -335,7 +335,7 @@ def test_stepping_ahead_shifts_parameters_but_no_buffers(inline):
 
     inline.train(train, **LOSSY, overrides={"*running*": "topk:0.25"})
     assert sum(shifted) == 8  # of 2 workers in 5 rounds, all but the first, when there is no residual yet
-    sender = inline.sessions[0]._sender
+    sender = inline.sessions[0]._rounds.method.sender
     assert sender.residual[sender.layout.trainable :].abs().max() > 0
 
 

@@ -1,45 +1,62 @@
 """Error feedback methods: one file each, one table.
 
-A method says where a round starts (``start``), whether the sender keeps what it did not send
-(``keep``), and when residuals are averaged. The residual itself, staged and committed, is the
-``protocol.sender.Sender``'s.
+A method says where a round starts, what is sent, and what is kept; the residual itself, staged and
+committed, is the ``protocol.sender.Sender``'s.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import assert_never
 
-from torch import Tensor
+import torch
 
+from protocol.compressors import Compressor
+from protocol.layout import Layout
+from protocol.residual import Memory
 from protocol.sender import Sender
+from workers.feedback.dgc import Dgc
 from workers.feedback.ef import Ef
+from workers.feedback.ef21 import Ef21
+from workers.feedback.method import Method, Round
+from workers.feedback.momentum import EfMomentum
 from workers.feedback.none import NoCarry
 from workers.feedback.saef import Saef
-from workers.settings import ErrorFeedback, FeedbackSettings, NoFeedback
+from workers.settings import (
+    DeepGradientCompression,
+    Ef21Feedback,
+    ErrorFeedback,
+    FeedbackSettings,
+    MomentumFeedback,
+    NoFeedback,
+    StepAhead,
+)
+
+__all__ = ["Method", "Round", "feedback_for"]
 
 
-class Feedback(Protocol):
-    """One error feedback method of a worker."""
-
-    keep: bool
-
-    def start(self, w: Tensor, sender: Sender, weight: float) -> Tensor:
-        """The point from which the worker trains this round; may be ``w`` itself.
-
-        Args:
-            w: the replica, shape ``(layout.numel,)``.
-            sender: of this worker, with its residual ``e_k``.
-            weight: ``a_k``.
-        """
-
-    def averages(self, version: int) -> str | None:
-        """The compressor for averaging residuals before the round at ``version``, or None."""
-
-
-def feedback_for(settings: FeedbackSettings) -> Feedback:
-    """The method that the settings name."""
-    if isinstance(settings, NoFeedback):
-        return NoCarry()
-    if isinstance(settings, ErrorFeedback):
-        return Ef()
-    return Saef(settings.strength, settings.average_every, settings.average)
+def feedback_for(
+    settings: FeedbackSettings,
+    layout: Layout,
+    compressors: tuple[Compressor, ...],
+    seed: int,
+    device: torch.device,
+    memory: Memory,
+) -> Method:
+    """The method that the settings name, with a sender of its own. See ``Sender`` for the arguments."""
+    carries = not isinstance(settings, NoFeedback)
+    sender = Sender(layout, compressors, seed, device, memory if carries else None)
+    match settings:
+        case NoFeedback():
+            return NoCarry(sender)
+        case ErrorFeedback():
+            return Ef(sender, settings)
+        case MomentumFeedback():
+            return EfMomentum(sender, settings, device)
+        case StepAhead():
+            return Saef(sender, settings)
+        case Ef21Feedback():
+            return Ef21(sender, settings, device)
+        case DeepGradientCompression():
+            return Dgc(sender, settings, device)
+        case _:
+            assert_never(settings)

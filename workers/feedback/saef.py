@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from protocol.sender import Sender
+from protocol.sender import Message, Sender
+from workers.feedback.method import Method, Round
+from workers.settings import StepAhead
 
 
-@dataclass(frozen=True)
-class Saef:
+class Saef(Method):
     """``y = w - lambda e_k / a_k``; train from ``y`` to ``y'``; then as in local error feedback.
 
     Algorithm 1, lines 6 to 12 and 18, of Xu, Huo, Huang, "Step-Ahead Error Feedback for Distributed
@@ -30,19 +29,22 @@ class Saef:
     update joins ``e_k``.
     """
 
-    strength: float = 1.0
-    average_every: int | None = None
-    average: str = "f32"
-    keep = True
+    def __init__(self, sender: Sender, settings: StepAhead) -> None:
+        super().__init__(sender)
+        self._settings = settings
 
-    def start(self, w: Tensor, sender: Sender, weight: float) -> Tensor:
+    def start(self, w: Tensor, weight: float) -> Tensor:
         """``w - lambda e_k / a_k`` for parameters, ``w`` for buffers."""
         y = w.clone()
-        trained = sender.layout.trainable  # parameters come first in the flat vector
-        sender.subtract_residual(y[:trained], self.strength / weight)
+        trained = self.sender.layout.trainable  # parameters come first in the flat vector
+        self.sender.subtract_residual(y[:trained], self._settings.strength / weight)
         return y
 
     def averages(self, version: int) -> str | None:
         """Line 6: when ``version + 1`` is a multiple of p."""
-        due = self.average_every is not None and (version + 1) % self.average_every == 0
-        return self.average if due else None
+        every = self._settings.average_every
+        return self._settings.average if every is not None and (version + 1) % every == 0 else None
+
+    def stage(self, given: Tensor, at: Round) -> Message:
+        """See ``Method``."""
+        return self.sender.stage(given.mul_(at.weight), at.sequence, compressors=at.compressors)
