@@ -19,8 +19,8 @@ class Course(Strict):
     A plain number in a settings file is that number at every version.
     """
 
-    first: float
-    last: float
+    first: float = 1.0
+    last: float = 1.0
     begin: NonNegativeInt = 0
     rounds: NonNegativeInt = 0  # 0: at once
 
@@ -62,7 +62,7 @@ class Schedule(Strict):
     warmup_rounds: NonNegativeInt = 0  # rounds, from start_round, in which the ratio falls exponentially
     warmup_ratio: float = Field(default=0.25, gt=0.0, le=1.0)  # the ratio at their beginning
     warmup_steps: PositiveInt | None = None  # in so many equal steps; null: a little every round
-    batch: Course = Course(first=1.0, last=1.0)  # factor on the batch size
+    batch: Course = Course()  # factor on the batch size
 
     def compresses(self, version: int) -> bool:
         """Whether the messages of the round at ``version`` are compressed."""

@@ -53,11 +53,8 @@ class InlineServer:
         ticket = next(self._tickets)
         self._owners[ticket] = worker
         self._deliver(self._server.receive(frame, ticket))
-        if ticket not in self._answers:
-            self._pass_on()
-            self._wait(worker)
-        else:
-            self._ready.remove(worker)
+        self._pass_on()  # even if the answer is there: nobody may run ahead of those who wait for their turn
+        self._wait(worker)
         return list(self._answers.pop(ticket))
 
     def stop(self) -> None:

@@ -360,7 +360,7 @@ class Server:
         sketches = {push.worker: energies.unpack_sketch(push.sketch) for push in pushes if push.sketch}
         if pushes and len(sketches) == len(pushes):
             self.vitals.mismatch = mismatch(state.sender.sketch(), sketches, state.weights)
-        if self._steering is None or not all(push.energies for push in pushes):
+        if self._steering is None or not pushes or not all(push.energies for push in pushes):
             return None
         segments = len(state.layout.segments)
         return self._steering.ratios(
@@ -368,7 +368,7 @@ class Server:
             state.ratios,
             [energies.unpack_energies(push.energies, segments) for push in pushes],
             [[body.size for body in push.bodies] for push in pushes],
-            sum(one.size for one in waiting.values()) / max(1, len(waiting)),
+            sum(waiting[p.worker].size - len(p.sketch) - len(p.energies) for p in pushes) / len(pushes),
         )
 
     def _next_weights(self, state: ServerState, joining: set[int]) -> dict[int, float] | None:

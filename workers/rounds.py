@@ -179,9 +179,13 @@ class Rounds:
                 sketch=self._sketch,
                 energies=energies.pack_energies(message.each) if self._plan.adaptive and due else b"",
             )
-        except Refused:
+        except Refused as refusal:
             self.method.refuse()
-            raise
+            if not (self._plan.asynchronous and refusal.reason == "finished"):
+                raise
+            self.finished = True  # others were faster; the update stays in the residual
+            self._receive(self._exchange.pull(self.version))
+            return
         exchanged = self._clock()
         self.method.commit()
         self._local.commit()
@@ -242,7 +246,7 @@ class Rounds:
         self.version, self.position = entry.version, entry.position
         self.weights = entry.weights or self.weights
         self._ratios = entry.ratios or self._ratios
-        self.finished = entry.final
+        self.finished = self.finished or entry.final
 
     def _average(self, spec: str) -> None:
         """Error averaging: send the residual, take this worker's share of the sum."""

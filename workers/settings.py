@@ -20,7 +20,7 @@ class ErrorFeedback(Strict):
     """What compression leaves behind joins the next update."""
 
     kind: Literal["ef"]
-    strength: Course = Course(first=1.0, last=1.0)  # share of the residual that is fed back; the rest waits
+    strength: Course = Course()  # share of the residual that is fed back; the rest waits
     decay: float = Field(default=1.0, ge=0.0, le=1.0)  # share of the residual that is kept each round; 1: all
     clip: PositiveFloat | None = None  # residuals stay below this times the largest element of the update; null: never
     reset_every: PositiveInt | None = None  # rounds between resets of the residual; null: never
