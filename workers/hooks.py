@@ -166,6 +166,20 @@ def warn_if_stateful(optimizer: torch.optim.Optimizer, feedback: str) -> None:
     )
 
 
+def refuse_momentum(optimizer: torch.optim.Optimizer, feedback: str) -> None:
+    """Refuse momentum in the optimizer beside a method that keeps the momentum itself.
+
+    Raises:
+        SettingsError: a parameter group has momentum.
+    """
+    for group in optimizer.param_groups:
+        if group.get("momentum"):
+            raise SettingsError(
+                f"feedback.kind {feedback} keeps the momentum itself (feedback.momentum), and the optimizer given to "
+                f"session.prepare has momentum {group['momentum']}; give it momentum 0"
+            )
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer, replica: Replica) -> None:
     """Refuse an optimizer of another model.
 

@@ -25,7 +25,7 @@ from workers import statistics
 from workers.batches import seed_of
 from workers.exchange import Exchange, News, Transport
 from workers.feedback import Round, feedback_for
-from workers.hooks import GradientCapture, StepCounter, check_optimizer
+from workers.hooks import GradientCapture, StepCounter, check_optimizer, refuse_momentum
 from workers.local import LocalSteps
 from workers.replica import Replica
 from workers.settings import FederatedSettings, FeedbackSettings
@@ -95,6 +95,8 @@ class Rounds:
         federated = plan.federated
         self.replica = replica = Replica(model, plan.granularity, federated.control_variates)
         check_optimizer(optimizer, replica)
+        if plan.feedback.kind in ("dgc", "ef_momentum"):
+            refuse_momentum(optimizer, plan.feedback.kind)
         self._plan, self._clock = plan, clock
         self._compression = Compression(replica.layout, plan.uplink, plan.overrides, plan.schedule)
         seed = seed_of(plan.seed, "worker", plan.worker)
