@@ -24,6 +24,7 @@ def conflicts(settings: RunSettings) -> Iterator[str]:
     yield from _feedback(settings)
     yield from _asynchronous(settings)
     yield from _compression(settings)
+    yield from _relays(settings)
 
 
 def _sending(settings: RunSettings) -> Iterator[str]:
@@ -76,6 +77,21 @@ def _asynchronous(settings: RunSettings) -> Iterator[str]:
         yield "federated.control_variates needs server.mode: sync, where all correct by the same variate"
     if getattr(settings.feedback, "average_every", None) is not None:
         yield "feedback.average_every needs server.mode: sync, where all residuals are of one version"
+
+
+def _relays(settings: RunSettings) -> Iterator[str]:
+    relays, count = settings.relays.count, settings.workers.count
+    if not relays:
+        return
+    if relays > count:
+        yield f"relays.count is {relays}; valid is at most workers.count, {count}, since a relay needs a group"
+    if settings.feedback.kind in ("ef21", "ef21_plus"):
+        kind = settings.feedback.kind
+        yield f"relays.count must be 0 with feedback.kind {kind}, where the server keeps each worker's estimate"
+    if settings.server.mode == "async":
+        yield "relays needs server.mode: sync, since a relay waits for its group"
+    if settings.budget is not None:
+        yield "budget needs relays.count: 0; with relays the server does not see what each worker's update costs"
 
 
 def _compression(settings: RunSettings) -> Iterator[str]:

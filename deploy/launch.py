@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -23,10 +23,11 @@ from deploy.run import GRACE, Backend, Result, Rows, Run
 from deploy.rundir import RunDirectory
 from deploy.settings import RunSettings, validate
 from protocol.errors import CarryoverError, RunFailed, SettingsError
-from ps.actor import ServerActor
+from ps.actor import RelayActor, ServerActor
 from ps.inline import InlineServer, InlineTransport
 from ps.metrics import Endpoint
 from ps.plan import Plan
+from ps.relay import Relay, RelayPlan
 from ps.server import Server
 from workers.actor import WorkerActor
 from workers.rounds import WorkerPlan
@@ -49,6 +50,7 @@ def plans(settings: RunSettings) -> tuple[Plan, list[WorkerPlan]]:
         "schedule": settings.schedule,
         "uplink": settings.uplink,
     }
+    relays = relay_plans(settings)
     server = Plan(
         settings.rounds,
         ids,
@@ -57,6 +59,7 @@ def plans(settings: RunSettings) -> tuple[Plan, list[WorkerPlan]]:
         feedback=settings.feedback.kind,
         participation=settings.federated.participation,
         budget=settings.budget,
+        relays={relay.relay: relay.group for relay in relays},
         **common,  # type: ignore[arg-type]
     )
     workers = [
@@ -79,6 +82,37 @@ def plans(settings: RunSettings) -> tuple[Plan, list[WorkerPlan]]:
     return server, workers
 
 
+def relay_plans(settings: RunSettings) -> list[RelayPlan]:
+    """What each relay needs to know: groups of neighbouring workers, as equal as can be; ids follow the workers'."""
+    count, relays = settings.workers.count, settings.relays
+    return [
+        RelayPlan(
+            count + number,
+            tuple(range(count * number // relays.count, count * (number + 1) // relays.count)),
+            relays.uplink,
+            settings.overrides,
+            settings.schedule,
+            settings.seed,
+            settings.federated.participation,
+            relays.residual,
+            settings.metrics.sketch_every,
+        )
+        for number in range(relays.count)
+    ]
+
+
+def _with_groups(summary: dict[str, Any], groups: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The summary of the server, and what travelled between workers and relays, if there are any."""
+    if not groups:
+        return summary
+    inner: dict[str, Any] = {}
+    for way in ("uplink", "downlink"):
+        total = sum(group[f"{way}_bytes"] for group in groups)
+        dense = sum(group[f"{way}_bytes"] * group[f"{way}_ratio"] for group in groups)
+        inner |= {f"group_{way}_bytes": total, f"group_{way}_ratio": dense / total if total else 0.0}
+    return summary | inner
+
+
 class InlineBackend:
     """Everything in this process: one thread a worker, one running at a time."""
 
@@ -87,7 +121,8 @@ class InlineBackend:
         self._server = Server(plan, time.monotonic)
         self._endpoint = Endpoint(self._server.vitals, settings.metrics) if settings.metrics.port is not None else None
         self.metrics_port = self._endpoint.port if self._endpoint else None
-        self._shell = InlineServer(self._server, plan.workers)
+        self._relays = [Relay(relay) for relay in relay_plans(settings)]
+        self._shell = InlineServer(self._server, plan.workers, self._relays)
         self._ended: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._cpus, self._train, self._seen = settings.workers.cpus, train, 0
         self._device = torch.device("cuda" if settings.workers.gpus else "cpu")
@@ -123,7 +158,7 @@ class InlineBackend:
 
     def summary(self) -> dict[str, Any]:
         """See ``Backend``."""
-        return self._server.vitals.summary()
+        return _with_groups(self._server.vitals.summary(), [relay.vitals.traffic() for relay in self._relays])
 
     def close(self) -> None:
         """See ``Backend``."""
@@ -140,13 +175,15 @@ class RayBackend:
     def __init__(self, settings: RunSettings, train: Train | str, address: str | None) -> None:
         plan, workers = plans(settings)
         each = settings.workers
-        needed = {"CPU": each.count * each.cpus + 1, "GPU": each.count * each.gpus}  # one CPU for the server
+        cores = each.count * each.cpus + 1 + settings.relays.count  # one for the server and for each relay
+        needed = {"CPU": cores, "GPU": each.count * each.gpus}
         self._own: LocalRay | None = None
         if address is not None:
             ray.init(address=address, ignore_reinit_error=True, logging_level=logging.ERROR)
         elif not ray.is_initialized():
             self._own = LocalRay(needed["CPU"], needed["GPU"])
         self._actors: list[Any] = []
+        self._relays: list[Any] = []
         self._runs: dict[Any, int] = {}
         self._seen = 0
         try:
@@ -162,10 +199,19 @@ class RayBackend:
         self._server = server_class.options(num_cpus=1, max_concurrency=concurrency).remote(plan, settings.metrics)
         self._actors.append(self._server)
         self.metrics_port: int | None = _get(self._server.metrics_port.remote())
+        relay_class: Any = ray.remote(RelayActor)
+        upstream: dict[int, Any] = {}
+        for relay in relay_plans(settings):
+            actor = relay_class.options(num_cpus=1, max_concurrency=concurrency).remote(relay, self._server)
+            self._relays.append(actor)
+            upstream |= dict.fromkeys(relay.group, actor)
+        self._actors += self._relays
         worker_class: Any = ray.remote(WorkerActor)
         needs = {"num_cpus": settings.workers.cpus, "num_gpus": settings.workers.gpus}
         for worker in workers:
-            actor = worker_class.options(**needs).remote(worker, self._server, settings.workers.cpus, os.getcwd())
+            actor = worker_class.options(**needs).remote(
+                worker, upstream.get(worker.worker, self._server), settings.workers.cpus, os.getcwd()
+            )
             self._actors.append(actor)
             self._runs[actor.run.remote(train)] = worker.worker
 
@@ -191,8 +237,8 @@ class RayBackend:
 
     def summary(self) -> dict[str, Any]:
         """See ``Backend``."""
-        summary: dict[str, Any] = _get(self._server.summary.remote())
-        return summary
+        groups = [_get(relay.summary.remote()) for relay in self._relays]
+        return _with_groups(_get(self._server.summary.remote()), groups)
 
     def close(self) -> None:
         """See ``Backend``."""

@@ -15,7 +15,7 @@ from protocol.errors import SettingsError
 from protocol.layout import Granularity
 from protocol.settings import Budget, Schedule, Strict
 from protocol.spec import compressor
-from ps.settings import MetricsSettings, ServerSettings, StorageSettings
+from ps.settings import MetricsSettings, RelaySettings, ServerSettings, StorageSettings
 from workers.settings import (
     DeepGradientCompression,
     Ef21Feedback,
@@ -59,6 +59,7 @@ class RunSettings(Strict):
     budget: Budget | None = None  # bytes of a push, divided among the layers by their errors; null: fixed ratios
     federated: FederatedSettings = FederatedSettings()
     server: ServerSettings = ServerSettings()
+    relays: RelaySettings = RelaySettings()
     metrics: MetricsSettings = MetricsSettings()
     storage: StorageSettings = StorageSettings()
 
@@ -72,6 +73,7 @@ class RunSettings(Strict):
         specs = {
             "uplink": self.uplink,
             "downlink": self.downlink,
+            "relays.uplink": self.relays.uplink,
             **{f"overrides.{g}": s for g, s in self.overrides.items()},
         }
         if isinstance(self.feedback, StepAhead):

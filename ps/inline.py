@@ -10,21 +10,33 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from protocol.errors import RunStopped
+from ps.relay import Deeds, Forward, Relay
 from ps.server import Answer, Server
 
 U8 = npt.NDArray[np.uint8]
 
 
+@dataclass(frozen=True, eq=False)
+class _Forwarded:
+    """The ticket of a frame that a relay has sent."""
+
+    relay: Relay
+    token: Hashable
+
+
 class InlineServer:
     """Delivers frames to a server and passes the baton between the workers' threads."""
 
-    def __init__(self, server: Server, workers: tuple[int, ...]) -> None:
+    def __init__(self, server: Server, workers: tuple[int, ...], relays: Sequence[Relay] = ()) -> None:
         self._server = server
+        self._relays = {worker: relay for relay in relays for worker in relay.plan.group}
         self._ready = deque(workers)
         self._turn = {worker: threading.Event() for worker in workers}
         self._owners: dict[int, int] = {}  # ticket -> worker
@@ -52,7 +64,11 @@ class InlineServer:
         """
         ticket = next(self._tickets)
         self._owners[ticket] = worker
-        self._deliver(self._server.receive(frame, ticket))
+        relay = self._relays.get(worker)
+        if relay is None:
+            self._deliver(self._server.receive(frame, ticket))
+        else:
+            self._perform(relay, relay.receive(frame, ticket))
         self._pass_on()  # even if the answer is there: nobody may run ahead of those who wait for their turn
         self._wait(worker)
         return list(self._answers.pop(ticket))
@@ -69,9 +85,20 @@ class InlineServer:
 
     def _deliver(self, answers: list[Answer]) -> None:
         for answer in answers:
+            if isinstance(answer.ticket, _Forwarded):
+                forwarded = answer.ticket
+                self._perform(forwarded.relay, forwarded.relay.answered(forwarded.token, answer.frames))
+                continue
             assert isinstance(answer.ticket, int)
             self._answers[answer.ticket] = answer.frames
             self._ready.append(self._owners.pop(answer.ticket))
+
+    def _perform(self, relay: Relay, deeds: Deeds) -> None:
+        for deed in deeds:
+            if isinstance(deed, Forward):
+                self._deliver(self._server.receive(deed.frame, _Forwarded(relay, deed.token)))
+            else:
+                self._deliver([deed])
 
     def _pass_on(self) -> None:
         if self._ready:

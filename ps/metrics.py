@@ -56,6 +56,8 @@ def _read(vitals: Vitals) -> Iterator[Metric]:
         for key, stage in ((Stat.BEFORE, "before"), (Stat.SENT, "after")):
             if key in worker.latest:
                 update.add_metric([name, stage], worker.latest[key])
+    for relay, seen in sorted(vitals.relays.items()):
+        error.add_metric(["relay", str(relay)], seen.latest.get(Stat.ERROR, 0.0))
     error.add_metric(["server", ""], vitals.server_left**0.5)
     yield error
     yield update

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from protocol.errors import Refused
 from protocol.layout import Layout
@@ -38,6 +38,7 @@ class Plan:
     schedule: Schedule = Schedule()
     participation: float = 1.0
     budget: Budget | None = None
+    relays: dict[int, tuple[int, ...]] = field(default_factory=dict)  # id of each relay -> its group
 
     @property
     def buffer(self) -> int:

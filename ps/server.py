@@ -48,6 +48,7 @@ class _Waiting:
     updates: tuple[Update, ...]
     tickets: list[Ticket] = field(default_factory=list)
     size: int = 0  # bytes of its frame
+    parts: tuple[Push, ...] = ()  # the pushes that it stands for: itself, or what a relay has folded
 
 
 class Server:
@@ -232,17 +233,34 @@ class Server:
         state = self.state
         if self.finished:
             raise Refused("finished", "the run has ended")
-        if state is None or message.worker not in state.weights or message.worker in self._leaving:
-            raise Refused("member", f"worker {message.worker} has not joined, or has left")
-        self._check(message, state)
+        parts = self._parts(message)
+        for worker in [part.worker for part in parts] or [message.worker]:
+            if state is None or worker not in state.weights or worker in self._leaving:
+                raise Refused("member", f"worker {worker} has not joined, or has left")
+        assert state is not None
+        self._check(message, parts, state)
         try:
             decoded = messages.updates(message, state.layout)
-            if isinstance(message, Push):
-                self._check_statistics(message, state)
+            for push in (message, *parts) if isinstance(message, Push) else ():
+                self._check_statistics(push, state)
         except DecodeError as error:
             raise Refused("segment", f"the message of worker {message.worker} is not valid: {error}") from None
-        self._pending[message.worker] = _Waiting(message, decoded, [ticket], size)
+        self._pending[message.worker] = _Waiting(message, decoded, [ticket], size, parts)
         return self._close_if_complete()
+
+    def _parts(self, message: Push | Average) -> tuple[Push, ...]:
+        """The workers' pushes in a push: itself, or those that a relay of this run has folded into it."""
+        if not isinstance(message, Push) or message.relayed is None:
+            return (message,) if isinstance(message, Push) else ()
+        group = self.plan.relays.get(message.worker, ())
+        try:
+            parts = [messages.parse(np.frombuffer(frame, np.uint8)) for frame in message.relayed]
+        except DecodeError as error:
+            raise Refused("frame", f"what relay {message.worker} has folded is not valid: {error}") from None
+        pushes = tuple(part for part in parts if isinstance(part, Push) and part.worker in group)
+        if not parts or len(pushes) < len(parts) or any(push.relayed for push in pushes):
+            raise Refused("member", f"relay {message.worker} has folded what is not a push of its group")
+        return pushes
 
     @staticmethod
     def _check_statistics(push: Push, state: ServerState) -> None:
@@ -254,7 +272,7 @@ class Server:
         if any(number >= len(state.layout.segments) for number in push.replaced or ()):
             raise DecodeError(f"it replaces segments {push.replaced} of {len(state.layout.segments)}")
 
-    def _check(self, message: Push | Average, state: ServerState) -> None:
+    def _check(self, message: Push | Average, parts: tuple[Push, ...], state: ServerState) -> None:
         worker = message.worker
         if message.layout != state.layout.hash:
             raise Refused("layout", f"the message of worker {worker} is for a model of another layout")
@@ -264,13 +282,14 @@ class Server:
         if last is not None and message.sequence != last + 1:
             raise Refused("sequence", f"worker {worker} sent number {message.sequence} after {last}")
         expected = self._base[worker] if self.plan.server.mode == "async" else state.version
-        if message.version != expected:
+        if any(version != expected for version in (message.version, *(part.version for part in parts))):
             raise Refused("version", f"worker {worker} sent an update of version {message.version} in round {expected}")
-        known = message.digest if isinstance(message, Push) else None
-        if known is not None and message.version == state.version and known != snapshot.digest(state.w):
+        for part in parts:
+            if part.digest is None or part.version != state.version or part.digest == snapshot.digest(state.w):
+                continue
             self.vitals.replica_mismatches += 1
             raise Refused(
-                "replica", f"the replica of worker {worker} differs from the server's at version {state.version}"
+                "replica", f"the replica of worker {part.worker} differs from the server's at version {state.version}"
             )
 
     def _pull(self, pull: Pull, ticket: Ticket) -> list[Answer]:
@@ -299,7 +318,8 @@ class Server:
         if self.plan.server.mode == "sync":
             asked = set(participants(state.weights, self.plan.participation, self.plan.seed, state.version))
             expected = asked - self._leaving.keys()
-            return expected <= self._pending.keys() and bool(expected or self._leaving)
+            there = {part.worker for one in self._pending.values() for part in one.parts} | self._pending.keys()
+            return expected <= there and bool(expected or self._leaving)
         if not present:
             return bool(self._leaving)
         oldest = min((self._base[w] for w in present - self._pending.keys()), default=state.version)
@@ -335,13 +355,14 @@ class Server:
         state, waiting = self.state, dict(sorted(self._pending.items()))
         self._pending.clear()
         pushes = [w.message for w in waiting.values() if isinstance(w.message, Push)]
-        folded = [self._contribution(state, p, w.updates) for p, w in zip(pushes, waiting.values(), strict=True)]
+        folded = [self._contribution(state, p, w) for p, w in zip(pushes, waiting.values(), strict=True)]
+        parts = [part for one in waiting.values() for part in one.parts]
         folded += [handed for _, handed in sorted(self._leaving.items()) if handed is not None]
         last = self._stopping or state.version + 1 >= self.plan.rounds
         weights = self._next_weights(state, set() if last else set(self._joining))
         final = last or weights == {}
-        ratios = self._steer(state, pushes, waiting)
-        options = next((push.options for push in pushes if push.options), None)  # one worker announces them
+        ratios = self._steer(state, pushes, parts, waiting)
+        options = next((part.options for part in parts if part.options), None)  # one worker announces them
         begun = self._clock()
         try:
             applied = apply(state, Close(tuple(folded), weights, options, ratios, final))
@@ -352,14 +373,17 @@ class Server:
         self.finished = final
         pulling, self._pulling = self._pulling, {}
         answers = self._deliver({**waiting, **pulling})
-        self._observe(state, pushes, applied)
+        self._observe(state, pushes, parts, applied)
         return answers + (self._turn_away("the run has ended") if final else self._welcome(self._joining))
 
-    def _steer(self, state: ServerState, pushes: list[Push], waiting: dict[int, _Waiting]) -> list[float] | None:
+    def _steer(
+        self, state: ServerState, pushes: list[Push], parts: list[Push], waiting: dict[int, _Waiting]
+    ) -> list[float] | None:
         """Measure the gradient mismatch, and choose the ratios, where the workers have sent what that takes."""
-        sketches = {push.worker: energies.unpack_sketch(push.sketch) for push in pushes if push.sketch}
-        if pushes and len(sketches) == len(pushes):
-            self.vitals.mismatch = mismatch(state.sender.sketch(), sketches, state.weights)
+        sketches = {part.worker: energies.unpack_sketch(part.sketch) for part in parts if part.sketch}
+        if parts and len(sketches) == len(parts):
+            relayed = [energies.unpack_sketch(push.sketch) for push in pushes if push.relayed and push.sketch]
+            self.vitals.mismatch = mismatch(sum(relayed, state.sender.sketch()), sketches, state.weights)
         if self._steering is None or not pushes or not all(push.energies for push in pushes):
             return None
         segments = len(state.layout.segments)
@@ -384,15 +408,15 @@ class Server:
         state.samples = {worker: state.samples[worker] for worker in members}
         return shares(state.samples)
 
-    def _contribution(self, state: ServerState, push: Push, updates: tuple[Update, ...]) -> Contribution:
+    def _contribution(self, state: ServerState, push: Push, waiting: _Waiting) -> Contribution:
         staleness = state.version - push.version
         self.vitals.staleness.observe(staleness)
         return Contribution(
             push.worker,
             push.sequence,
-            updates,
+            waiting.updates,
             push.samples,
-            push.skipped > 0,
+            all(part.skipped > 0 for part in waiting.parts),
             tuple(push.replaced or ()),
             self.plan.server.staleness.weight(staleness),
         )
@@ -412,6 +436,9 @@ class Server:
                 self._base[worker] = state.version
             if not isinstance(one.message, Pull):
                 self._answered[worker] = (_number(one), given)
+            for part in one.parts:
+                self._base[part.worker] = state.version
+                self._answered[part.worker] = (part.sequence, given)
             if isinstance(one.message, Push):
                 for direction in ("uplink", "downlink"):
                     self.vitals.dense[direction] += 4 * state.layout.trainable
@@ -474,16 +501,19 @@ class Server:
         self.vitals.wire["downlink", kind] += _size(frames)
         return Answer(ticket, frames)
 
-    def _observe(self, state: ServerState, pushes: list[Push], applied: Applied) -> None:
+    def _observe(self, state: ServerState, pushes: list[Push], parts: list[Push], applied: Applied) -> None:
         vitals = self.vitals
         vitals.version, vitals.position = state.version, state.position
         vitals.server_before, vitals.server_left = applied.before, applied.left
         if state.version % self.plan.sketch_every == 0 or self.finished:
             vitals.server_conservation = state.sender.conservation_error()
-        statistics = {p.worker: messages.unpack_statistics(p.statistics) for p in pushes}
+        statistics = {p.worker: messages.unpack_statistics(p.statistics) for p in parts}
+        for part in parts:
+            vitals.observe_push(part.worker, statistics[part.worker], part.names or [], part.skipped)
         for push in pushes:
-            vitals.observe_push(push.worker, statistics[push.worker], push.names or [], push.skipped)
-        samples = {p.worker: p.samples for p in pushes}
+            if push.relayed:
+                vitals.observe_relay(push.worker, messages.unpack_statistics(push.statistics))
+        samples = {p.worker: p.samples for p in parts}
         reported = vitals.report(statistics, samples)
         vitals.close(self._clock() - self._started, sum(samples.values()), reported)
         vitals.members = tuple(sorted(state.weights))

@@ -61,6 +61,14 @@ class ServerSettings(Strict):
     optimizer: OptimizerSettings = OptimizerSettings()
 
 
+class RelaySettings(Strict):
+    """A second tier: relays near groups of workers fold their updates and compress the sum once more."""
+
+    count: NonNegativeInt = 0  # groups, of workers with neighbouring ids; 0: workers send to the server itself
+    uplink: str = "topk:0.01+int4"  # compressor, relay -> server; ``uplink`` is then worker -> relay
+    residual: Memory = "float32"  # how each relay's residual is kept in memory
+
+
 class MetricsSettings(Strict):
     """The Prometheus endpoint and how often vital signs are measured."""
 

@@ -61,6 +61,7 @@ class Vitals:
         self.members: tuple[int, ...] = ()
         self.state = "joining"
         self.workers: dict[int, WorkerVitals] = defaultdict(WorkerVitals)
+        self.relays: dict[int, WorkerVitals] = {}
         self.wire: Counter[tuple[str, str]] = Counter()  # (direction, kind) -> bytes
         self.dense: Counter[str] = Counter()  # direction -> bytes that float32 updates would take
         self.rejected: Counter[str] = Counter()
@@ -104,6 +105,10 @@ class Vitals:
         self.discarded += statistics.get(Stat.DISCARDED, 0.0)
         self.skipped_steps += skipped
 
+    def observe_relay(self, relay: int, statistics: dict[int, float]) -> None:
+        """Take over the statistics of a relay's own sender."""
+        self.relays.setdefault(relay, WorkerVitals()).latest.update(statistics)
+
     def report(self, statistics: dict[int, dict[int, float]], samples: dict[int, int]) -> dict[str, float]:
         """The sample-weighted means over workers of what the users' loops reported this round."""
         sums: dict[str, tuple[float, float]] = {}
@@ -135,15 +140,13 @@ class Vitals:
                 "reported": reported,
                 "worker_error_norm": each(Stat.ERROR),
                 "server_error_norm": self.server_left**0.5,
+                "relay_error_norm": {str(r): v.latest.get(Stat.ERROR, 0.0) for r, v in sorted(self.relays.items())},
                 "update_norm": {"before": each(Stat.BEFORE), "after": each(Stat.SENT)},
                 "contraction": {
                     "up": {str(w): vitals.contraction() for w, vitals in present.items()},
                     "down": self.server_contraction(),
                 },
-                "uplink_bytes": self.bytes("uplink"),
-                "downlink_bytes": self.bytes("downlink"),
-                "uplink_ratio": self.ratio("uplink"),
-                "downlink_ratio": self.ratio("downlink"),
+                **self.traffic(),
                 "conservation_error": self.conservation(),
                 "mismatch": asdict(self.mismatch) if self.mismatch else None,
             }
@@ -157,15 +160,17 @@ class Vitals:
         """The largest conservation error of any sender."""
         return max([self.server_conservation, *(w.latest.get(Stat.CONSERVATION, 0.0) for w in self.workers.values())])
 
+    def traffic(self) -> dict[str, float]:
+        """Bytes and ratios of updates and averages."""
+        ways = ("uplink", "downlink")
+        return {f"{way}_bytes": self.bytes(way) for way in ways} | {f"{way}_ratio": self.ratio(way) for way in ways}
+
     def summary(self) -> dict[str, Any]:
         """The keys of ``summary.json`` that the server knows."""
         errors = [self.workers[worker].latest.get(Stat.ERROR, 0.0) for worker in self.members]
         return {
             "rounds": self.version,
-            "uplink_bytes": self.bytes("uplink"),
-            "downlink_bytes": self.bytes("downlink"),
-            "uplink_ratio": self.ratio("uplink"),
-            "downlink_ratio": self.ratio("downlink"),
+            **self.traffic(),
             "snapshot_bytes": self.snapshot_bytes(),
             "server_error_norm": self.server_left**0.5,
             "worker_error_norm": sum(e * e for e in errors) ** 0.5,
