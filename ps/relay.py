@@ -224,15 +224,15 @@ class Relay:
 
     def _fold(self, folded: dict[int, _Held]) -> Forward:
         assert self.sender is not None
-        plan, self._sequence = self.plan, self._sequence + 1
+        plan, number = self.plan, self._sequence + 1
         sketched = self._version % plan.sketch_every == 0
         sketch = energies.pack_sketch(self.sender.sketch()) if sketched else b""
         contributions = [Contribution(w, one.push.sequence, one.updates) for w, one in folded.items()]
         total = self._total.fold(contributions, self._weights)
-        message = self.sender.stage(total, self._sequence, compressors=self._compression.at(self._version))
+        message = self.sender.stage(total, number, compressors=self._compression.at(self._version))
         push = Push(
             plan.relay,
-            self._sequence,
+            number,
             self._version,
             sum(one.push.samples for one in folded.values()),
             statistics=_statistics(message),
@@ -253,6 +253,7 @@ class Relay:
         assert self.sender is not None
         taken = not any(isinstance(messages.parse(frame), Refusal) for frame in frames)
         if taken:
+            self._sequence += 1  # a refused message does not use up its number
             self.sender.commit()
             self._learn(None, frames)
         deeds: Deeds = []
