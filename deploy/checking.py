@@ -16,12 +16,15 @@ from protocol.errors import SettingsError
 from protocol.layout import Layout
 from protocol.messages import STATISTICS_LIMIT, Entry, Push
 from protocol.residual import Memory, footprint
+from protocol.sampling import participants
 from protocol.spec import compressors_for
 from workers import Session
 from workers.replica import Replica
+from workers.settings import DeepGradientCompression, Ef21Feedback, MomentumFeedback
 
 WORKER_VECTORS = 3  # replica, start of the round, update; beside them the residual
 SERVER_VECTORS = 2  # replica, sum
+RELAY_VECTORS = 1  # sum
 
 
 class _Prepared(BaseException):
@@ -49,23 +52,50 @@ def describe(settings: RunSettings, train: Callable[..., Any]) -> str:
         SettingsError: the function never calls ``session.prepare``.
     """
     layout = _layout(settings, train)
-    size = torch.finfo(layout.dtype).bits // 8 * layout.numel
-    up = _frame_bytes(layout, compressors_for(layout, settings.uplink, settings.overrides), "up")
-    down = _frame_bytes(layout, compressors_for(layout, settings.downlink, settings.overrides), "down")
+    itemsize = torch.finfo(layout.dtype).bits // 8
+    up, outer, down = (
+        _frame_bytes(layout, compressors_for(layout, spec, settings.overrides), direction)
+        for spec, direction in ((settings.uplink, "up"), (settings.relays.uplink, "up"), (settings.downlink, "down"))
+    )
     dense = 4 * layout.trainable
-    count, carries = settings.workers.count, settings.feedback.kind != "none"
-    worker = _memory(WORKER_VECTORS * size, settings.workers.residual if carries else None, layout)
-    server = _memory(SERVER_VECTORS * size, settings.server.residual, layout)
+    taking = len(participants(range(settings.workers.count), settings.federated.participation, settings.seed, 0))
+    senders, sent = (settings.relays.count, outer) if settings.relays.count else (taking, up)
+    receivers = settings.relays.count or settings.workers.count
+    carries = settings.feedback.kind != "none"
+    own = itemsize * (WORKER_VECTORS * layout.numel + _state_vectors(settings) * layout.trainable)
+    worker = _memory(own, settings.workers.residual if carries else None, layout)
+    kept = itemsize * (SERVER_VECTORS * layout.numel + _estimates(settings) * layout.trainable)
     lines = [
         resolved(settings),
-        f"model                {layout.trainable:,} parameters in {len(layout.segments)} tensors",
+        f"model                {layout.trainable:,} parameters in {sum(place.entry.role != 'control' for place in layout.tensors)} tensors",
         f"update, each worker  {up:,} bytes a round, {dense / up:.1f}x less than float32",
-        f"answer, each worker  {down:,} bytes a round, {dense / down:.1f}x less than float32",
-        f"server's link        {bytes_text(count * up)} in and {bytes_text(count * down)} out a round",
-        f"memory, each worker  {worker} beside the model, its gradients and its optimizer",
-        f"memory, server       {server}",
     ]
+    if settings.relays.count:
+        lines.append(f"update, each relay   {outer:,} bytes a round, {dense / outer:.1f}x less than float32")
+    lines += [
+        f"answer, each worker  {down:,} bytes a round, {dense / down:.1f}x less than float32",
+        f"server's link        {bytes_text(senders * sent)} in and {bytes_text(receivers * down)} out a round",
+        f"memory, each worker  {worker} beside the model, its gradients and its optimizer",
+        f"memory, server       {_memory(kept, settings.server.residual, layout)}",
+    ]
+    if settings.relays.count:
+        relay = _memory(itemsize * RELAY_VECTORS * layout.numel, settings.relays.residual, layout)
+        lines.append(f"memory, each relay   {relay}")
     return "\n".join(lines)
+
+
+def _state_vectors(settings: RunSettings) -> int:
+    """Vectors of a worker's method beside the residual, two halves each."""
+    feedback, controls = settings.feedback, settings.federated.control_variates
+    momentum = isinstance(feedback, MomentumFeedback | DeepGradientCompression)
+    average = isinstance(feedback, Ef21Feedback) and feedback.eta < 1.0
+    gradient = settings.send == "gradient"
+    return 2 * (momentum + average + controls) + gradient
+
+
+def _estimates(settings: RunSettings) -> int:
+    """Vectors of the server that EF21 needs: one a worker."""
+    return settings.workers.count if isinstance(settings.feedback, Ef21Feedback) else 0
 
 
 def _memory(vectors: int, residual: Memory | None, layout: Layout) -> str:
