@@ -84,6 +84,11 @@ def describe(settings: RunSettings, train: Callable[..., Any]) -> str:
     return "\n".join(lines)
 
 
+def _tensors(layout: Layout) -> int:
+    """Of the model itself, that are exchanged."""
+    return sum(place.entry.role != "control" for place in layout.tensors)
+
+
 def _state_vectors(settings: RunSettings) -> int:
     """Vectors of a worker's method beside the residual, two halves each."""
     feedback, controls = settings.feedback, settings.federated.control_variates
