@@ -9,7 +9,6 @@ repeated, so an interrupted benchmark goes on. --docs writes docs/images/saef-*.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -61,7 +60,8 @@ def train(session, name: str, folder: str) -> None:
     if session.rank == 0:
         with session.evaluating(model), torch.no_grad():
             images, labels = testing.tensors
-            right = sum(int((model(i).argmax(1) == t).sum()) for i, t in zip(images.split(500), labels.split(500)))
+            pairs = zip(images.split(500), labels.split(500), strict=True)
+            right = sum(int((model(part).argmax(1) == truth).sum()) for part, truth in pairs)
         session.report(accuracy=100 * right / len(labels))
 
 
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/saef"))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--docs", action="store_true")
-    parser.add_argument("--fashion", default=os.environ.get("CARRYOVER_DATA", "../shared/data") + "/fashion-mnist")
+    parser.add_argument("--fashion", default="data/fashion-mnist", help="folder with Fashion-MNIST's four idx files")
     options = parser.parse_args()
     jobs = [
         (name, label, seed, options.out, options.fashion)

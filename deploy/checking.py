@@ -67,7 +67,7 @@ def describe(settings: RunSettings, train: Callable[..., Any]) -> str:
     kept = itemsize * (SERVER_VECTORS * layout.numel + _estimates(settings) * layout.trainable)
     lines = [
         resolved(settings),
-        f"model                {layout.trainable:,} parameters in {sum(place.entry.role != 'control' for place in layout.tensors)} tensors",
+        f"model                {layout.trainable:,} parameters in {_tensors(layout)} tensors",
         f"update, each worker  {up:,} bytes a round, {dense / up:.1f}x less than float32",
     ]
     if settings.relays.count:
