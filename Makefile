@@ -39,8 +39,16 @@ bench: $(READY)  ## time the kernels and count the bytes on the wire
 	@$(BIN)/carryover bench kernels
 	@$(BIN)/carryover bench wire
 
-figures: $(READY)  ## repeat the runs behind the README's table and plot
-	@$(BIN)/python benchmarks/contrast.py
+figures: JOBS ?= 2
+figures: $(READY)  ## repeat the runs behind the README's table and plot, JOBS=2 at a time
+	@$(BIN)/carryover compare examples/digits.yaml --seeds 3 --jobs $(JOBS) --target loss=0.1 \
+		--out runs/contrast --plot docs/images/contrast.png \
+		--vary 'uncompressed: feedback.kind=saef uplink=none downlink=none' \
+		--vary 'saef 1 %: feedback.kind=saef uplink=topk:0.01+int4 downlink=topk:0.01+int4' \
+		--vary 'ef 1 %: feedback.kind=ef uplink=topk:0.01+int4 downlink=topk:0.01+int4' \
+		--vary 'saef 0.1 %: feedback.kind=saef uplink=topk:0.001+int4 downlink=topk:0.001+int4' \
+		--vary 'ef 0.1 %: feedback.kind=ef uplink=topk:0.001+int4 downlink=topk:0.001+int4' \
+		--vary 'no feedback 0.1 %: feedback.kind=none uplink=topk:0.001+int4 downlink=topk:0.001+int4'
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

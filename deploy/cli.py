@@ -72,6 +72,60 @@ def report(
     typer.echo(write_report(run_dirs))
 
 
+@app.command()
+def compare(
+    file: RunFile,
+    overrides: Overrides = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="'[LABEL: ]key=value ...'",
+            help="One variation: settings to change, with a label for the table if you like, as in "
+            "'dense: uplink=none downlink=none'. Once for each; without any, the settings file as it stands.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds to run, from the seed of the settings on.")] = 3,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Run the settings file as it stands too.")] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Also show the rounds and bytes until the running mean of this reported quantity gets there.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", file_okay=False, help="Folder for the runs; by default storage.dir/NAME-compare."),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at a time, each in a process of its own; only their times depend on it.")
+    ] = 1,
+    reuse: Annotated[
+        bool,
+        typer.Option("--reuse", help="Keep the finished runs in DIR that have exactly these settings."),
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", dir_okay=False, help="Also write the plot to this file.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Run variations of one settings file over several seeds; print their table, draw their plots.
+
+    Runs are on the inline backend without a metrics port, whatever the file says: one process a run and, to the bit,
+    the result of a run on Ray. backend=ray and metrics.port=PORT on the command line count.
+
+    An earlier comparison in DIR moves to DIR.1, unless --reuse takes its finished runs over. Ctrl-C stops after the
+    round; with --reuse the comparison goes on later.
+    """
+    from deploy.compare.command import compare  # matplotlib again
+
+    try:
+        compare(file, overrides or (), vary or (), seeds, baseline, target, out, jobs, reuse, plot)
+    except KeyboardInterrupt:
+        _say("stopped by Ctrl-C; what is finished is kept, and --reuse goes on from there")
+        raise typer.Exit(INTERRUPTED) from None
+
+
 @bench.command("kernels")
 def bench_kernels(
     numel: Numel = 25_000_000,

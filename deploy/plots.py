@@ -6,10 +6,10 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -17,25 +17,17 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import EngFormatter, LogFormatter, MaxNLocator
-from numpy.typing import NDArray
+from matplotlib.ticker import EngFormatter, LogFormatter, MaxNLocator, NullLocator
 
-Row = Mapping[str, Any]
-Runs = Mapping[str, Sequence[Row]]  # label -> rows of metrics.jsonl, in the order of their versions
-Floats = NDArray[np.float64]
+from deploy.curves import FEWEST_TO_SMOOTH, Curve, Floats, Runs, curves, quantities, running_mean, wire_bytes
 
 # Okabe and Ito's colours, apart for every common colour blindness; without yellow, which is faint on white.
 # Dashes differ too, so that a curve shows through another that covers it.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 DASHES = ("-", "--", "-.", ":")
-MOST_LINES = len(COLOURS)  # more workers than this are drawn as a band
-MOST_POINTS = 1000  # longer curves are binned, so that a report stays small
-FEWEST_TO_SMOOTH = 60  # points
-SMOOTHED_PART = 20  # the running mean is taken over a twentieth of the curve
-LARGEST = 1e100  # beyond this a value counts as infinite: no axis can be laid out for it
 LOG_SPREAD = 100  # values that span more than this factor are read on a logarithmic axis
 LOG_BYTES = 8  # as are the bytes of runs whose totals differ by more than this factor
-HEIGHT = 3.5  # inches, of a figure 10 inches wide
+HEIGHT = 3.5  # inches, of a row of panels 10 inches wide
 LEGEND_WIDTH = 120  # characters that fit side by side
 
 STYLE: dict[Any, Any] = {
@@ -56,25 +48,11 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure of two panels, with its title and a sentence or two on what its lines are."""
+    """A figure, with its title and a sentence or two on what its lines are."""
 
     title: str
     note: str
     figure: Figure
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A line, `middle` against `x`, in the range `low` to `high`; arrays of shape (points,), all finite."""
-
-    label: str
-    look: int  # which colour and dash
-    x: Floats
-    low: Floats
-    middle: Floats
-    high: Floats
-    over_workers: bool  # the range is that of the workers
-    left_out: int  # values that were NaN or infinite
 
 
 @dataclass(frozen=True)
@@ -84,7 +62,10 @@ class Panel:
     title: str
     curves: Sequence[Curve]
     from_zero: bool = True
-    in_bytes: bool = False  # x is bytes, not rounds
+    axis: Literal["rounds", "bytes", "runs"] = "rounds"  # what x counts
+    x_label: str = ""
+    y_label: str = ""
+    has_dots: bool = False  # each point is a run of its own: no line joins them
 
 
 def plots(runs: Runs) -> list[Plot]:
@@ -109,26 +90,20 @@ def plots(runs: Runs) -> list[Plot]:
     )
     drawn = [reported_plot(runs, quantity) for quantity in quantities(runs)]
     for title, note, panels in kinds:
-        halves = [Panel(name, _curves(runs, keys)) for name, keys in panels.items()]
+        halves = [Panel(name, curves(runs, keys), x_label="round") for name, keys in panels.items()]
         if any(half.curves for half in halves):
-            drawn.append(_plot(title, note, halves))
+            drawn.append(plot(title, note, halves))
     return drawn
-
-
-def quantities(runs: Runs) -> list[str]:
-    """List what the training loops reported, in any round, sorted by name with `loss` first."""
-    names = {name for rows in runs.values() for row in rows for name in row.get("reported") or {}}
-    return sorted(names, key=lambda name: (name != "loss", name))
 
 
 def reported_plot(runs: Runs, quantity: str) -> Plot:
     """Draw a reported quantity against rounds and against the bytes that both directions had sent by then."""
     keys = ("reported", quantity)
     panels = [
-        Panel("against rounds", _curves(runs, keys), from_zero=False),
-        Panel("against bytes sent, both ways", _curves(runs, keys, _wire_bytes), from_zero=False, in_bytes=True),
+        Panel("against rounds", curves(runs, keys), from_zero=False, x_label="round"),
+        Panel("against bytes sent, both ways", curves(runs, keys, wire_bytes), from_zero=False, axis="bytes"),
     ]
-    return _plot(quantity, "Mean over the workers, weighted by their samples.", panels)
+    return plot(quantity, "Mean over the workers, weighted by their samples.", panels)
 
 
 def to_svg(figure: Figure, prefix: str) -> str:
@@ -146,15 +121,6 @@ def to_png(plot: Plot, path: Path) -> None:
     _save(plot.figure, path, format="png", dpi=150, metadata={"Software": None})
 
 
-def running_mean(values: Floats, reach: int) -> Floats:
-    """Average each value, of shape (points,), with up to `reach` neighbours on either side.
-
-    The window grows with the distance from the start, where curves are steep and a wide mean flattens them.
-    """
-    reaches = [min(i // 3, reach) for i in range(len(values))]
-    return np.array([values[i - own : i + own + 1].mean() for i, own in enumerate(reaches)])
-
-
 def _save(figure: Figure, target: Any, **options: Any) -> None:
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # A run may be named in a script that matplotlib's own font lacks.
@@ -167,113 +133,64 @@ def _prefix_ids(tag: str, prefix: str) -> str:
     return re.sub(r'(url\(#|href="#)', rf"\1{prefix}-", tag)
 
 
-def _round(row: Row) -> float:
-    return _number(row.get("version"))
-
-
-def _wire_bytes(row: Row) -> float:
-    return _number(row.get("uplink_bytes")) + _number(row.get("downlink_bytes"))
-
-
-def _number(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return np.nan
-    return number if abs(number) < LARGEST else np.nan
-
-
-def _curves(runs: Runs, keys: tuple[str, ...], x: Callable[[Row], float] = _round) -> list[Curve]:
-    """Make a curve of row[keys...] for each run, or for each worker of a single run that has few."""
-    curves: list[Curve] = []
-    for index, (label, rows) in enumerate(runs.items()):
-        found = [(x(row), value) for row in rows if (value := _look_up(row, keys)) is not None]
-        ids = {worker for _, value in found if isinstance(value, Mapping) for worker in value}
-        if len(runs) == 1 and 0 < len(ids) <= MOST_LINES:
-            for look, worker in enumerate(sorted(ids, key=lambda name: (len(name), name))):
-                own = [(at, [value[worker]]) for at, value in found if worker in value]
-                curves.append(_curve(f"worker {worker}", look, own, False))
-        else:
-            each = [(at, list(value.values()) if isinstance(value, Mapping) else [value]) for at, value in found]
-            curves.append(_curve(label if len(runs) > 1 else "", index, each, len(ids) > 0))
-    return [curve for curve in curves if curve.x.size or curve.left_out]
-
-
-def _look_up(row: Row, keys: tuple[str, ...]) -> Any:
-    value: Any = row
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def _curve(label: str, look: int, found: list[tuple[float, list[Any]]], over_workers: bool) -> Curve:
-    points, left_out = [], 0
-    for at, values in found:
-        finite = [number for value in values if np.isfinite(number := _number(value))]
-        left_out += len(values) - len(finite)
-        if finite and np.isfinite(at):
-            points.append((at, min(finite), float(np.median(finite)), max(finite)))
-    x, low, middle, high = np.array(points, dtype=np.float64).reshape(-1, 4).T
-    if x.size > MOST_POINTS:
-        starts = np.arange(0, x.size, -(-x.size // MOST_POINTS))
-        counts = np.diff(starts, append=x.size)
-        x, middle = (np.add.reduceat(values, starts) / counts for values in (x, middle))
-        low, high = np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
-    return Curve(label, look, x, low, middle, high, over_workers, left_out)
-
-
-def _plot(title: str, note: str, panels: Sequence[Panel]) -> Plot:
+def plot(title: str, note: str, *rows: Sequence[Panel]) -> Plot:
+    """Draw rows of panels, each row as long as the first, and add to `note` what their lines and bands are."""
     with matplotlib.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(wspace=0.04)
-        figure = Figure(figsize=(10, HEIGHT), layout=layout, facecolor="white")
-        for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
-            _draw(axes, panel)
+        layout = ConstrainedLayoutEngine(wspace=0.04, hspace=0.04)
+        figure = Figure(figsize=(10, HEIGHT * len(rows)), layout=layout, facecolor="white")
+        for places, row in zip(figure.subplots(len(rows), len(rows[0]), squeeze=False), rows, strict=True):
+            for axes, panel in zip(places, row, strict=True):
+                _draw(axes, panel)
         _add_legend(figure)
-    curves = [curve for panel in panels for curve in panel.curves]
-    if any(_reach(curve) for curve in curves):
+    drawn = [curve for row in rows for panel in row for curve in panel.curves]
+    if any(curve.reach for curve in drawn):
         note += " Pale: every round; strong: running mean."
-    if any(curve.over_workers for curve in curves):
+    if any(curve.over == "workers" for curve in drawn):
         note += " The pale band spans the workers, smallest to largest; the line is their median."
-    if left_out := max(sum(curve.left_out for curve in panel.curves) for panel in panels):
+    if left_out := max(sum(curve.left_out for curve in panel.curves) for row in rows for panel in row):
         note += f" Left out: {left_out} values that were NaN or infinite."
     return Plot(title, note, figure)
 
 
-def _reach(curve: Curve) -> int:
-    return curve.x.size // (2 * SMOOTHED_PART) if curve.x.size >= FEWEST_TO_SMOOTH else 0
-
-
 def _draw(axes: Axes, panel: Panel) -> None:
-    axes.set_title(panel.title, loc="left")
+    axes.set_title(_literal(panel.title), loc="left")
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(_literal(panel.y_label))
     pale = 0.3 if len(panel.curves) <= len(DASHES) else 0.12
     for curve in panel.curves:
         colour, dash = COLOURS[curve.look % len(COLOURS)], DASHES[curve.look % len(DASHES)]
         if (curve.low < curve.high).any():
-            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=pale / 2, linewidth=0)
-        elif _reach(curve):
+            # Seeds' bands are of running means, so they hide less of each other than those of every round.
+            alpha = 0.15 if curve.over == "seeds" else pale / 2
+            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=alpha, linewidth=0)
+        elif curve.reach:
             axes.plot(curve.x, curve.middle, color=colour, alpha=pale, linewidth=0.6)
-        strong = running_mean(curve.middle, _reach(curve))
-        marker = "o" if curve.x.size < FEWEST_TO_SMOOTH // 2 else ""
-        (line,) = axes.plot(curve.x, strong, dash, color=colour, linewidth=1.6, marker=marker, markersize=3)
+        strong = running_mean(curve.middle, curve.reach)
+        if panel.has_dots:
+            (line,) = axes.plot(curve.x, strong, "o", color=colour, markersize=5, alpha=0.8, markeredgewidth=0)
+        else:
+            marker = "o" if curve.x.size < FEWEST_TO_SMOOTH // 2 else ""
+            (line,) = axes.plot(curve.x, strong, dash, color=colour, linewidth=1.6, marker=marker, markersize=3)
         line.set_label(_literal(curve.label))
     _scale(axes, panel)
 
 
 def _scale(axes: Axes, panel: Panel) -> None:
-    curves = [curve for curve in panel.curves if curve.x.size]
-    if not curves:
+    drawn = [curve for curve in panel.curves if curve.x.size]
+    if not drawn:
         text = "no finite values" if panel.curves else "no values"
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center")
         return
-    if panel.in_bytes:
-        totals = [curve.x[-1] for curve in curves]
-        if min(curve.x[0] for curve in curves) > 0 and max(totals) > LOG_BYTES * min(totals):
+    if panel.axis == "bytes":
+        totals = [curve.x[-1] for curve in drawn]
+        if min(curve.x[0] for curve in drawn) > 0 and max(totals) > LOG_BYTES * min(totals):
             axes.set_xscale("log")
         axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
+    elif panel.axis == "runs":
+        axes.xaxis.set_major_locator(NullLocator())
     else:
-        axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
-    if _wants_log([running_mean(curve.middle, _reach(curve)) for curve in curves]):
+    if _wants_log([running_mean(curve.middle, curve.reach) for curve in drawn]):
         axes.set_yscale("log")
         # Plain numbers, not powers set as formulas; minor ticks are labelled only where major ones are few.
         axes.yaxis.set_major_formatter("{x:g}")
@@ -282,24 +199,24 @@ def _scale(axes: Axes, panel: Panel) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _wants_log(curves: Sequence[Floats]) -> bool:
-    values = np.concatenate(curves)
+def _wants_log(lines: Sequence[Floats]) -> bool:
+    values = np.concatenate(lines)
     if values.min() <= 0 or values.max() <= LOG_SPREAD * values.min():
         return False
     # A share that rises, such as an accuracy, is read on a linear axis however small it began.
-    return bool(values.max() > 1 or any(curve[-1] < curve[0] for curve in curves))
+    return bool(values.max() > 1 or any(line[-1] < line[0] for line in lines))
 
 
 def _add_legend(figure: Figure) -> None:
     lines: dict[str, Artist] = {}
     for axes in figure.axes:
-        handles, labels = axes.get_legend_handles_labels()
-        lines.update(zip(labels, handles, strict=True))
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            lines.setdefault(label, handle)
     if len(lines) > 1:
-        columns = max(1, min(len(lines), LEGEND_WIDTH // (6 + max(map(len, lines)))))
+        rows = math.ceil(len(lines) / max(1, LEGEND_WIDTH // (6 + max(map(len, lines)))))
         # Each further row of names gets its own height, so that the panels keep theirs.
-        figure.set_figheight(HEIGHT + 0.2 * (math.ceil(len(lines) / columns) - 1))
-        figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns)
+        figure.set_figheight(figure.get_figheight() + 0.2 * (rows - 1))
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=math.ceil(len(lines) / rows))
 
 
 def _literal(text: str) -> str:

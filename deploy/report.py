@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from deploy.display import bytes_text, number_text, seconds_text, worker_mean
-from deploy.plots import plots, quantities, reported_plot, to_png, to_svg
+from deploy.page import figure, page, table
+from deploy.plots import plots
 from protocol.errors import SettingsError
 
 CONSERVATION_LIMIT = 4  # in units of float32 rounding error; a sound run stays below
@@ -45,20 +46,6 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(_page(runs), encoding="utf-8", errors="replace")
     return out
-
-
-def write_plot(run_dirs: Sequence[Path], quantity: str, out_png: Path) -> Path:
-    """Write a PNG of a reported quantity against rounds and against bytes sent, with the runs overlaid.
-
-    Raises SettingsError for a folder that is not a run directory and for a quantity that no run reported.
-    """
-    rows = {run.label: run.rows for run in _read_runs(run_dirs)}
-    known = quantities(rows)
-    if quantity not in known:
-        raise SettingsError(f"no run reported {quantity!r}; reported were: {', '.join(known) or 'no quantities'}")
-    out_png.parent.mkdir(parents=True, exist_ok=True)
-    to_png(reported_plot(rows, quantity), out_png)
-    return out_png
 
 
 def read_run(path: Path, label: str | None = None) -> Run:
@@ -204,16 +191,12 @@ def _page(runs: Sequence[Run]) -> str:
     rows = {run.label: run.rows for run in runs}
     name = str(runs[0].settings.get("name", runs[0].label))
     title = f"Run {name}" if len(runs) == 1 else f"Comparison of {len(runs)} runs"
-    sections = [f"<h1>{escape(title)}</h1>", *_notes(runs)]
+    sections = _notes(runs)
     sections.append(_cards(_facts(runs[0])) if len(runs) == 1 else _comparison(runs))
     if not any(rows.values()):
         sections.append('<p class="note">No round was completed, so there is nothing to plot.</p>')
-    for index, plot in enumerate(plots(rows)):
-        svg = to_svg(plot.figure, f"plot{index}")
-        heading, note = escape(plot.title), escape(plot.note)
-        sections.append(f"<figure><h2>{heading}</h2>{svg}<figcaption>{note}</figcaption></figure>")
-    sections += _settings(runs)
-    return PAGE.format(title=escape(title), style=CSS, body="\n".join(sections))
+    sections += [figure(plot, f"plot{index}") for index, plot in enumerate(plots(rows))]
+    return page(title, [*sections, "<h2>Settings</h2>", *settings_sections(runs)])
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
@@ -230,68 +213,24 @@ def _cards(facts: Mapping[str, str]) -> str:
 def _comparison(runs: Sequence[Run]) -> str:
     facts = {run.label: _facts(run) for run in runs}
     names = list(dict.fromkeys(name for own in facts.values() for name in own))
-    return _table(
+    return table(
         ["run", *names],
         [[escape(label), *(own.get(name, "") for name in names)] for label, own in facts.items()],
     )
 
 
-def _settings(runs: Sequence[Run]) -> list[str]:
-    sections = ["<h2>Settings</h2>"]
+def settings_sections(runs: Sequence[Run]) -> list[str]:
+    """Show, as HTML, what differs between the settings of the runs, and each run's settings in full."""
+    sections = []
     if len(runs) > 1:
         flat = {run.label: dict(_flat(run.settings)) for run in runs}
         keys = list(dict.fromkeys(key for own in flat.values() for key in own))
         varied = [key for key in keys if len({own.get(key) for own in flat.values()}) > 1]
         if varied:
             cells = [[escape(label), *(escape(own.get(key, "")) for key in varied)] for label, own in flat.items()]
-            sections.append("<p>What differs between the runs:</p>" + _table(["run", *varied], cells))
+            sections.append("<p>What differs between the runs:</p>" + table(["run", *varied], cells))
     folded = "" if len(runs) > 1 else " open"
     for run in runs:
         text = f"<summary>{escape(run.label)}</summary><pre>{escape(run.settings_text)}</pre>"
         sections.append(f"<details{folded}>{text}</details>")
     return sections
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a table; `head` is text, the cells of `rows` are HTML."""
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-# The policy holds the page to its word: a browser refuses whatever would be fetched from anywhere.
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title} \u00b7 Carryover</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-CSS = """
-:root { color-scheme: light dark; --text: #1b1b1b; --dim: #5b5b5b; --page: #f6f6f4; --card: #fff;
-        --edge: #dcdcd8; --bad: #b00020; --note: #fff4d6; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e8e8e6; --dim: #a3a3a0; --page: #161616; --card: #212121;
-          --edge: #3a3a3a; --bad: #ff8a80; --note: #3a3116; }
-}
-body { max-width: 1040px; margin: 2rem auto; padding: 0 1rem; color: var(--text); background: var(--page);
-       font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; margin: 0 0 1rem; } h2 { font-size: 1.1rem; margin: 0 0 .5rem; }
-h1, h2, dt, dd { overflow-wrap: anywhere; } figure, dl, .wide, pre { margin: 0 0 1.5rem; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); gap: .6rem; }
-dl div, .wide, pre { background: var(--card); border: 1px solid var(--edge); padding: .5rem .75rem; }
-dl div, .wide, pre, .note, svg { border-radius: 6px; } .wide, pre { overflow-x: auto; }
-dt, th, figcaption { color: var(--dim); font-size: .8rem; } dd { margin: 0; font-size: 1.1rem; }
-figure svg { width: 100%; height: auto; background: #fff; }
-table { border-collapse: collapse; } td, pre, code { font-size: .8rem; } .bad { color: var(--bad); }
-th, td { text-align: left; padding: .25rem .9rem .25rem 0; white-space: nowrap; }
-.note { background: var(--note); padding: .5rem .75rem; }
-"""

@@ -43,8 +43,7 @@ class RunDirectory:
         """Move an earlier run aside and open the files of this one."""
         with self._reasons():
             self._refuse_if_busy()
-            if self.path.exists():
-                self.path.rename(_free(self.path))
+            move_aside(self.path)
             self.path.mkdir()
             (self.path / CONFIG).write_text(resolved(self._settings))
             self._metrics: TextIO = (self.path / METRICS).open("w")
@@ -70,7 +69,7 @@ class RunDirectory:
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append one line a round."""
         for row in rows:
-            self._metrics.write(json.dumps(_strict(row), allow_nan=False) + "\n")
+            self._metrics.write(json.dumps(strict(row), allow_nan=False) + "\n")
         self._metrics.flush()
 
     def save_model(self, data: npt.NDArray[np.uint8]) -> None:
@@ -80,7 +79,7 @@ class RunDirectory:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary and close the metrics."""
         self._metrics.close()
-        _replace(self.path / SUMMARY, (json.dumps(_strict(summary), indent=2, allow_nan=False) + "\n").encode())
+        _replace(self.path / SUMMARY, (json.dumps(strict(summary), indent=2, allow_nan=False) + "\n").encode())
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
@@ -88,16 +87,20 @@ def load_model(path: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(path / MODEL)
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """The value with null for NaN and infinities, which JSON does not know."""
     if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _free(path: Path) -> Path:
-    numbers = (int(p.suffix[1:]) for p in path.parent.glob(f"{path.name}.*") if p.suffix[1:].isdigit())
-    return path.with_name(f"{path.name}.{max(numbers, default=0) + 1}")
+def move_aside(path: Path) -> None:
+    """Rename a folder that is there to ``NAME.1``, or to the number after the highest in use."""
+    if path.exists():
+        numbers = (int(p.suffix[1:]) for p in path.parent.glob(f"{path.name}.*") if p.suffix[1:].isdigit())
+        path.rename(path.with_name(f"{path.name}.{max(numbers, default=0) + 1}"))
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -15,11 +15,11 @@ from rich.text import Text
 WIDTH = 120  # of a file or a pipe, where there is no terminal to ask
 
 
-def console() -> Console:
-    """Standard output; no escape codes unless it is a terminal."""
+def console(width: int = WIDTH) -> Console:
+    """Standard output; no escape codes, and ``width`` columns, unless it is a terminal."""
     is_terminal = sys.stdout.isatty()  # asked here, since the environment can tell rich to colour a pipe
-    width = None if is_terminal else WIDTH
-    return Console(highlight=False, markup=False, force_terminal=is_terminal, width=width)
+    columns = None if is_terminal else width
+    return Console(highlight=False, markup=False, force_terminal=is_terminal, width=columns)
 
 
 def show(screen: Console, columns: Sequence[str], *sections: Sequence[Sequence[str]]) -> None:

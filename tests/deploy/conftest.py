@@ -1,9 +1,11 @@
-"""A small project of a user's, in a folder of its own."""
+"""A small project of a user's, in a folder of its own, and the command in it."""
 
 import sys
 
 import pytest
 import yaml
+
+from deploy import cli
 
 PROJECT = """
 import os
@@ -75,3 +77,17 @@ def project(tmp_path, monkeypatch):
     sys.modules.pop("myproject", None)
     yield tmp_path
     sys.modules.pop("myproject", None)
+
+
+@pytest.fixture
+def carryover(project, monkeypatch, capfd):
+    """Run ``carryover`` with arguments; returns exit status, standard output, standard error."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["carryover", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        return ended.value.code or 0, out, err
+
+    return command

@@ -1,25 +1,8 @@
 """The command as a user types it: what it prints and its exit status."""
 
 import re
-import sys
 
 import pytest
-
-from deploy import cli
-
-
-@pytest.fixture
-def carryover(project, monkeypatch, capfd):
-    """Run ``carryover`` with arguments; returns exit status, standard output, standard error."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["carryover", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        return ended.value.code or 0, out, err
-
-    return command
 
 
 def test_train_prints_progress_and_where_the_files_are(carryover):

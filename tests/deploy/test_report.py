@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.plots import plots, running_mean
-from deploy.report import read_run, write_plot, write_report
+from deploy.curves import running_mean
+from deploy.plots import plots
+from deploy.report import read_run, write_report
 from protocol.errors import SettingsError
 
 PLOT_TITLES = ["loss", "accuracy", "Error norms", "Compression ratio", "Contraction"]
@@ -171,8 +172,6 @@ def test_ids_in_a_page_are_unique_and_references_lead_to_them(page: Page) -> Non
 def test_the_same_directory_gives_the_same_bytes(tmp_path: Path) -> None:
     run = run_directory(tmp_path / "digits", outcome=summary())
     assert write_report([run]).read_bytes() == write_report([run], tmp_path / "again" / "r.html").read_bytes()
-    first, second = (write_plot([run], "loss", tmp_path / name) for name in ("1.png", "2.png"))
-    assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_torn_last_line_is_skipped_and_said(tmp_path: Path) -> None:
@@ -348,14 +347,6 @@ def test_a_folder_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
             write_report([folder])
     with pytest.raises(SettingsError, match="no run directory was given"):
         write_report([])
-
-
-def test_a_plot_is_a_png_of_a_reported_quantity(tmp_path: Path) -> None:
-    runs = [run_directory(tmp_path / name, outcome=summary()) for name in ("a", "b")]
-    out = write_plot(runs, "accuracy", tmp_path / "docs" / "accuracy.png")
-    assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(SettingsError, match="no run reported 'f1'; reported were: loss, accuracy"):
-        write_plot(runs, "f1", tmp_path / "f1.png")
 
 
 def test_settings_that_are_not_yaml_are_shown_as_they_stand(tmp_path: Path) -> None:
