@@ -71,6 +71,12 @@ def _asynchronous(settings: RunSettings) -> Iterator[str]:
         return
     if server.buffer is not None and server.buffer > count:
         yield f"server.buffer is {server.buffer}; valid is at most workers.count, {count}"
+    kind, weighted = settings.feedback.kind, server.staleness.kind
+    if kind in ("ef21", "ef21_plus") and weighted != "constant":
+        yield (
+            f"server.staleness is {weighted}, but feedback.kind {kind} needs constant: worker and server add the same "
+            "corrections to the same estimate"
+        )
     if settings.federated.participation < 1.0:
         yield "federated.participation needs server.mode: sync, where a round knows who takes part"
     if settings.federated.control_variates:

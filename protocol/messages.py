@@ -167,6 +167,7 @@ class Welcome(Message):
     position: int = _field(2, _whole)
     weights: dict[int, float] = _field(3, _weights)
     ratios: list[float] | None = _field(4, _optional(_ratios), default=None)  # see Entry
+    final: bool = _field(5, _is(bool), default=False)  # the run has ended with this version
 
 
 @dataclass(frozen=True)

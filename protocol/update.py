@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,21 @@ class Update:
     def subtract_from(self, out: Tensor) -> None:
         """``out -= update``, in the same way."""
         self._apply(out, -1)
+
+    def add_scaled_to(self, out: Tensor, factor: float) -> None:
+        """``out += factor * update``: values, then products, are rounded to the dtype of ``out``, then added."""
+        self.check(out)
+        for start, piece in self.pieces():
+            products = torch.from_numpy(piece).to(out.dtype).mul(factor).to(out.device)
+            if self.indices is None:
+                out[start : start + products.numel()].add_(products)
+            else:
+                places = torch.as_tensor(self.indices[start : start + products.numel()])
+                out.index_add_(0, places.to(out.device), products)
+
+    def norm(self) -> float:
+        """Of the values, in float64."""
+        return math.hypot(*(float(np.linalg.norm(piece.astype(np.float64))) for _, piece in self.pieces()))
 
     def _apply(self, out: Tensor, sign: int) -> None:
         self.check(out)

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
+from ps.answers import Answer
 from ps.metrics import Endpoint
 from ps.plan import Plan
 from ps.relay import Deeds, Forward, Relay, RelayPlan
-from ps.server import Answer, Server
+from ps.server import Server
 from ps.settings import MetricsSettings
 from ps.vitals import Vitals
 

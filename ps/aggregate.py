@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +11,8 @@ from typing import Protocol
 from torch import Tensor
 
 from protocol.layout import Layout
+from protocol.messages import U8
+from protocol.segment import pack_exact
 from protocol.update import Update, accumulate
 
 
@@ -30,6 +34,18 @@ class Contribution:
     replaced: tuple[int, ...] = ()
     factor: float = 1.0
 
+    def dropped(self) -> float:
+        """Norm of what the factor takes away."""
+        return (1.0 - self.factor) * math.hypot(*(u.norm() for u in self.updates)) if self.factor != 1.0 else 0.0
+
+
+def exact_sum(layout: Layout, messages: Sequence[tuple[Update, ...]]) -> tuple[U8, ...]:
+    """The bodies of the sum of messages, one after the other, which is not compressed."""
+    total = layout.zeros()
+    for place, *updates in zip(layout.segments, *messages, strict=True):
+        accumulate(updates, total[place.start : place.stop])
+    return tuple(pack_exact(total[s.start : s.stop].numpy()) for s in layout.segments)
+
 
 class Aggregate(Protocol):
     """Deterministic: equal contributions in equal order give equal bits."""
@@ -49,7 +65,7 @@ class Aggregate(Protocol):
 class Total:
     """The plain sum: the workers have applied their weights, so residuals and hand-overs simply add.
 
-    One worker after the other, each value rounded to the working precision first.
+    One worker after the other, each value, and its product with the factor, rounded to the working precision first.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -58,12 +74,14 @@ class Total:
     def fold(self, contributions: Sequence[Contribution], weights: Mapping[int, float]) -> Tensor:
         """See ``Aggregate``."""
         total = self._layout.zeros()
-        fresh = [c.updates for c in contributions if c.factor == 1.0]
-        for place, *updates in zip(self._layout.segments, *fresh, strict=True):
-            accumulate(updates, total[place.start : place.stop])
-        for stale in (c for c in contributions if c.factor != 1.0):
-            for place, update in zip(self._layout.segments, stale.updates, strict=True):
-                total[place.start : place.stop].add_(update.dense().to(total.dtype), alpha=stale.factor)
+        for factor, equal in itertools.groupby(contributions, key=lambda contribution: contribution.factor):
+            for place, *updates in zip(self._layout.segments, *(c.updates for c in equal), strict=True):
+                part = total[place.start : place.stop]
+                if factor == 1.0:
+                    accumulate(updates, part)
+                else:
+                    for update in updates:
+                        update.add_scaled_to(part, factor)
         return total
 
     def retain(self, members: Collection[int]) -> None:

@@ -10,17 +10,24 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from protocol.errors import RunStopped
+from ps.answers import Answer
 from ps.relay import Deeds, Forward, Relay
-from ps.server import Answer, Server
+from ps.server import Server
 
 U8 = npt.NDArray[np.uint8]
+Order = Callable[[Sequence[int]], int]  # of the workers that could run, longest waiting first: who does
+
+
+def first_come(ready: Sequence[int]) -> int:
+    """All workers are equally fast."""
+    return ready[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +39,20 @@ class _Forwarded:
 
 
 class InlineServer:
-    """Delivers frames to a server and passes the baton between the workers' threads."""
+    """Delivers frames to a server and passes the baton between the workers' threads.
 
-    def __init__(self, server: Server, workers: tuple[int, ...], relays: Sequence[Relay] = ()) -> None:
+
+    Args:
+        relays: which send on what their groups push.
+        order: who runs next; a slow worker is one that is seldom chosen.
+    """
+
+    def __init__(
+        self, server: Server, workers: tuple[int, ...], relays: Sequence[Relay] = (), order: Order = first_come
+    ) -> None:
         self._server = server
         self._relays = {worker: relay for relay in relays for worker in relay.plan.group}
+        self._order = order
         self._ready = deque(workers)
         self._turn = {worker: threading.Event() for worker in workers}
         self._owners: dict[int, int] = {}  # ticket -> worker
@@ -102,13 +118,16 @@ class InlineServer:
 
     def _pass_on(self) -> None:
         if self._ready:
-            self._turn[self._ready.popleft()].set()
+            worker = self._order(self._ready)
+            self._ready.remove(worker)
+            self._turn[worker].set()
         else:
             self.cancel()
 
     def _wait(self, worker: int) -> None:
-        self._turn[worker].wait()
-        self._turn[worker].clear()
+        if not self._cancelled:
+            self._turn[worker].wait()
+            self._turn[worker].clear()
         if self._cancelled:
             raise RunStopped("the run ended while this worker was waiting")
 

@@ -22,6 +22,7 @@ class Log:
         self.window = window
         self.limit = limit
         self._frames: OrderedDict[int, U8] = OrderedDict()
+        self._digests: dict[int, int] = {}
 
     def append(self, version: int, frame: U8) -> None:
         """Add the frame of entry ``version``, which must follow the last one."""
@@ -30,6 +31,16 @@ class Log:
         self._frames[version] = frame
         while len(self._frames) > self.window or (len(self._frames) > 1 and self._size() > self.limit):
             self._frames.popitem(last=False)
+        oldest = next(iter(self._frames)) - 1
+        self._digests = {known: digest for known, digest in self._digests.items() if known >= oldest}
+
+    def note(self, version: int, digest: int) -> None:
+        """Keep the digest of the model at a version as long as the entries after it."""
+        self._digests[version] = digest
+
+    def digest(self, version: int) -> int | None:
+        """Of the model at a version, if it was noted and is still kept."""
+        return self._digests.get(version)
 
     def _size(self) -> int:
         return sum(frame.size for frame in self._frames.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from wsgiref.simple_server import WSGIServer
@@ -13,7 +14,7 @@ from prometheus_client.registry import Collector
 from protocol.errors import SettingsError
 from protocol.messages import Stat
 from ps.settings import MetricsSettings
-from ps.vitals import BUCKETS, Vitals
+from ps.vitals import Histogram, Vitals
 
 DIRECTIONS = ("uplink", "downlink")
 
@@ -36,6 +37,12 @@ def _gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> GaugeMetricFam
 
 def _counter(name: str, text: str, labels: tuple[str, ...] = ()) -> CounterMetricFamily:
     return CounterMetricFamily(f"carryover_{name}", text, labels=labels)
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    """Upper bounds with the counts up to them, as Prometheus adds them up."""
+    bounds = [*map(str, histogram.bounds), "+Inf"]
+    return list(zip(bounds, itertools.accumulate(map(float, histogram.counts)), strict=True))
 
 
 def _read(vitals: Vitals) -> Iterator[Metric]:
@@ -88,12 +95,12 @@ def _read(vitals: Vitals) -> Iterator[Metric]:
 
     phases = HistogramMetricFamily("carryover_phase_seconds", "Duration of the phases of a round.", labels=("phase",))
     for phase, histogram in sorted(vitals.phases.items()):
-        running, buckets = 0.0, []
-        for bound, count in zip([*map(str, BUCKETS), "+Inf"], histogram.counts, strict=True):
-            running += count
-            buckets.append((bound, running))
-        phases.add_metric([phase], buckets, histogram.total)
+        phases.add_metric([phase], _buckets(histogram), histogram.total)
     yield phases
+
+    staleness = HistogramMetricFamily("carryover_staleness_versions", "Versions that folded updates were behind.")
+    staleness.add_metric([], _buckets(vitals.staleness), vitals.staleness.total)
+    yield staleness
 
     rejected = _counter("rejected_messages", "Messages that were refused.", ("reason",))
     for reason, count in sorted(vitals.rejected.items()):
@@ -120,8 +127,15 @@ def _read(vitals: Vitals) -> Iterator[Metric]:
         yield counter
 
     discarded = _counter("discarded_norm", "Sum of the norms of what senders dropped.", ("cause",))
-    discarded.add_metric(["compression"], vitals.discarded)
+    for cause, norm in vitals.discarded.items():
+        discarded.add_metric([cause], norm)
     yield discarded
+
+    distance = _gauge("mismatch_norm", "Distance from the model to where gradients are taken.", ("at",))
+    if vitals.mismatch is not None:
+        distance.add_metric(["replica"], vitals.mismatch.replica)
+        distance.add_metric(["ahead"], vitals.mismatch.ahead)
+    yield distance
 
     conservation = _gauge(
         "conservation_error",

@@ -45,7 +45,7 @@ from protocol.sender import Sender
 from protocol.settings import Schedule
 from protocol.update import Update
 from ps.aggregate import Contribution, Total
-from ps.server import Answer
+from ps.answers import Answer
 from ps.vitals import Vitals
 
 U8 = npt.NDArray[np.uint8]

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from protocol import snapshot
 from protocol.compression import Compression
 from protocol.layout import Layout
-from protocol.messages import U8, Entry
+from protocol.messages import U8, Entry, Welcome
 from protocol.sender import Sender
 from ps.aggregate import Aggregate, Contribution
 from ps.log import Log
@@ -61,6 +62,19 @@ class ServerState:
     samples: dict[int, int | None] = field(default_factory=dict)  # of each member's own data, if it said
     sequences: dict[int, int] = field(default_factory=dict)  # the last one folded, by worker
     log: Log = field(default_factory=Log)
+    final: bool = False  # the last entry was
+
+    def since(self, version: int) -> tuple[U8, ...] | None:
+        """The entries that a replica at a version lacks, or None if some are gone or it is none of this run's."""
+        entries = self.log.since(version)
+        return tuple(entries) if entries is not None and len(entries) == self.version - version else None
+
+    def welcome(self, held: int | None = None) -> U8:
+        """The model as a snapshot; or for a replica that is held, of a version, the word that it is good."""
+        bodies = snapshot.pack(self.layout, self.w, self.statics) if held is None else ()
+        version = self.version if held is None else held
+        at = (version, self.position, self.weights, self.ratios or None, self.final)
+        return Welcome(*at, bodies=bodies, layout=self.layout.hash).pack()
 
 
 @dataclass(frozen=True)
@@ -113,6 +127,7 @@ def apply(state: ServerState, record: Close) -> Applied:
     for place, update in zip(state.layout.segments, message.updates, strict=True):
         update.subtract_from(state.w[place.start : place.stop])
     state.version += 1
+    state.final = record.final
     if record.weights is not None:
         state.weights = record.weights
         state.aggregate.retain(record.weights)

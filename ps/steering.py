@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from protocol import energies
 from protocol.compression import Compression, ratio_of
 from protocol.energies import Energy
 from protocol.kernels.sketch import Sketch
 from protocol.layout import Layout
+from protocol.messages import Push
 from protocol.settings import Budget, Schedule
+from ps.plan import Plan
 
 EXPONENT = 0.5  # see Steering.ratios
 NARROW = 60  # halvings of the interval in which the common factor of the ratios lies
@@ -69,11 +72,28 @@ class Steering:
         self._layout, self._uplink, self._schedule, self._budget = layout, uplink, schedule, budget
         self._places = [n for n, one in enumerate(uplink.final) if ratio_of(one) is not None]
 
+    def choose(self, version: int, present: Sequence[float], pushes: Sequence[tuple[Push, int]]) -> list[float] | None:
+        """The ratios from version ``version + 1`` on; see ``ratios``.
+
+        Args:
+            pushes: of the round, each with the bytes of its frame; those count that bring norms by segment.
+        """
+        telling = [(push, size) for push, size in pushes if push.energies]
+        if not telling:
+            return None
+        return self.ratios(
+            version,
+            present,
+            [energies.unpack_energies(push.energies, len(self._layout.segments)) for push, _ in telling],
+            [[body.size for body in push.bodies] for push, _ in telling],
+            sum(size - len(push.sketch) - len(push.energies) for push, size in telling) / len(telling),
+        )
+
     def ratios(
         self,
         version: int,
         present: Sequence[float],
-        energies: Sequence[Sequence[Energy]],
+        measured: Sequence[Sequence[Energy]],
         sizes: Sequence[Sequence[int]],
         whole: float,
     ) -> list[float] | None:
@@ -81,17 +101,17 @@ class Steering:
 
         Args:
             present: what was announced last; empty before.
-            energies: of each worker's message, by segment.
+            measured: of each worker's message, by segment.
             sizes: bytes of the bodies of each worker's message, by segment.
             whole: bytes of a message, on average.
 
         Returns:
             None if there is nothing to say: no compression yet, or no layer to choose for.
         """
-        if not self._places or not energies or not self._schedule.compresses(version):
+        if not self._places or not measured or not self._schedule.compresses(version):
             return None
         used = [ratio_of(one) for one in self._uplink.at(version, present)]
-        error = np.array([sum(each[n].left for each in energies) for n in self._places])
+        error = np.array([sum(each[n].left for each in measured) for n in self._places])
         bytes_ = np.array([float(np.mean([each[n] for each in sizes])) for n in self._places])
         numel = np.array([self._layout.segments[n].numel for n in self._places], np.float64)
         count = np.maximum(1.0, np.array([used[n] for n in self._places], np.float64) * numel)
@@ -104,6 +124,14 @@ class Steering:
         for n, ratio in zip(self._places, chosen, strict=True):
             ratios[n] = float(min(1.0, ratio))
         return ratios
+
+
+def steering_for(plan: Plan, layout: Layout) -> Steering | None:
+    """What the plan's budget needs, if it has one."""
+    if plan.budget is None:
+        return None
+    uplink = Compression(layout, plan.uplink, plan.overrides, plan.schedule)
+    return Steering(layout, uplink, plan.schedule, plan.budget)
 
 
 def _filled(wanted: np.ndarray, cost: np.ndarray, low: np.ndarray, high: np.ndarray, budget: float) -> np.ndarray:

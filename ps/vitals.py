@@ -11,6 +11,7 @@ from collections import Counter, defaultdict, deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from protocol.kernels.sketch import Sketch
 from protocol.messages import Stat
 from ps.steering import Mismatch
 
@@ -42,6 +43,7 @@ class WorkerVitals:
 
     latest: dict[int, float] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
+    sketch: Sketch | None = None  # of the residual
 
     def contraction(self) -> float:
         """``|p - C(p)|**2 / |p|**2`` of the last push."""
@@ -70,14 +72,18 @@ class Vitals:
         self.mismatch: Mismatch | None = None  # of the last round in which it was measured
         self.server_before = self.server_left = 0.0  # squared norms of the last round
         self.server_conservation = 0.0
-        self.discarded = 0.0  # sum over rounds and workers of the norms of what was dropped
+        self.discarded = {"compression": 0.0, "staleness": 0.0}  # cause -> sum over pushes of norms of what was dropped
         self.skipped_steps = 0
-        self.replica_mismatches = 0
         self.joins = 0
         self.leaves: Counter[str] = Counter()
         self.handed_over = 0
         self.reported: dict[str, float] = {}
         self.rows: deque[dict[str, Any]] = deque(maxlen=ROWS)
+
+    @property
+    def replica_mismatches(self) -> int:
+        """Pushes whose digest showed a replica other than the server's."""
+        return self.rejected["replica"]
 
     def ratio(self, direction: str) -> float:
         """Dense float32 bytes over the bytes of updates and averages; 0 before the first round."""
@@ -102,7 +108,7 @@ class Vitals:
                 self.phases[Stat.PHASES[key]].observe(value)
             elif key < Stat.REPORTED:
                 seen.latest[key] = value
-        self.discarded += statistics.get(Stat.DISCARDED, 0.0)
+        self.discarded["compression"] += statistics.get(Stat.DISCARDED, 0.0)
         self.skipped_steps += skipped
 
     def observe_relay(self, relay: int, statistics: dict[int, float]) -> None:
@@ -171,10 +177,12 @@ class Vitals:
         return {
             "rounds": self.version,
             **self.traffic(),
+            "uplink_bytes_per_sample": self.bytes("uplink") / max(1, self.position),
+            "downlink_bytes_per_sample": self.bytes("downlink") / max(1, self.position),
             "snapshot_bytes": self.snapshot_bytes(),
             "server_error_norm": self.server_left**0.5,
             "worker_error_norm": sum(e * e for e in errors) ** 0.5,
-            "discarded_norm": self.discarded,
+            "discarded_norm": sum(self.discarded.values()),
             "conservation_error": self.conservation(),
             "skipped_steps": self.skipped_steps,
             "rejected": dict(self.rejected),

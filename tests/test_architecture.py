@@ -25,7 +25,12 @@ RAY = {"ps.actor", "workers.actor"}  # and anything in deploy
 UNSAFE = {"pickle", "cPickle", "_pickle", "cloudpickle", "marshal", "shelve", "dill", "joblib", "jsonpickle"}
 # state machines and the protocol have no clock, no I/O and no randomness of their own
 FORKS = {"protocol.kernels.threads": {"os"}}  # only to be told of a fork
-PURE = ("protocol", "ps.server", "ps.state", "ps.log", "ps.optimizer", "ps.vitals", "workers.feedback")
+PURE = (
+    "protocol",
+    *(f"ps.{name}" for name in ("aggregate", "answers", "barrier", "checks", "log", "membership", "optimizer")),
+    *(f"ps.{name}" for name in ("plan", "server", "state", "steering", "vitals")),
+    "workers.feedback",
+)
 IMPURE = {
     "time",
     "datetime",

@@ -85,10 +85,12 @@ class Replica:
         return tuple(snapshot.raw(tensors[entry.name]) for entry in self.layout.statics)
 
     @torch.no_grad()
-    def load(self, w: Tensor, statics: Sequence[U8]) -> None:
-        """Take over a snapshot, tensors that are not exchanged included."""
+    def load(self, w: Tensor, statics: Sequence[U8] | None = None) -> None:
+        """Take over a snapshot; the tensors that are not exchanged stay as they are unless ``statics`` holds them."""
         self.w.copy_(w)
         self.show(self.w)
+        if statics is None:
+            return
         tensors = self._tensors()
         for entry, body in zip(self.layout.statics, statics, strict=True):
             tensors[entry.name].copy_(snapshot.restore_static(body, entry.shape, entry.dtype))

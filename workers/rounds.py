@@ -112,11 +112,12 @@ class Rounds:
         self._reported = reported
         self._rotation = statistics.Rotation()
         self._ratios: list[float] = []
+        self._checked = 0  # how often a check was due before the last one that was made
         self.conservation_error = 0.0
         self.finished = False
         founding = snapshot.pack(replica.layout, replica.w, replica.statics()) if plan.founder else ()
         described = self._capture.describe() if self._capture else None
-        self._take_snapshot(self._exchange.join(described, founding, samples))
+        self._take_snapshot(self._exchange.join(described, founding, samples), joining=True)
 
     @property
     def rank(self) -> int:
@@ -137,7 +138,11 @@ class Rounds:
         spec = self.method.averages(self.version)
         if spec is not None:
             self._average(spec)
-        sketched = self._due() and self.method.carries
+        every = self.version // self._plan.sketch_every
+        skipped = self._plan.asynchronous and every > self._checked  # the version at which a check was due
+        self._due = skipped or self.version % self._plan.sketch_every == 0
+        self._checked = every
+        sketched = self._due and self.method.carries
         self._sketch = energies.pack_sketch(self.method.sender.sketch()) if sketched else b""
         self._start = self.replica.show(self.method.start(self.replica.w, self._weight()))
         self._local.begin(self._start)
@@ -165,7 +170,7 @@ class Rounds:
             raise NotFiniteError(f"{error} in round {self.version} of worker {self._plan.worker}") from None
         reported, names = self._reported.take_numbered()
         packed = statistics.pack(_norms(message.norms), self._rotation.next(), reported)
-        due = self._due()
+        due = self._due
         encoded = self._clock()
         try:
             news = self._exchange.push(
@@ -185,8 +190,10 @@ class Rounds:
             self.method.refuse()
             if not (self._plan.asynchronous and refusal.reason == "finished"):
                 raise
-            self.finished = True  # others were faster; the update stays in the residual
-            self._receive(self._exchange.pull(self.version))
+            news = self._exchange.pull(self.version)  # others were faster; the update stays in the residual
+            self.finished = True
+            self._receive(news)
+            self.conservation_error = self.method.sender.conservation_error()
             return
         exchanged = self._clock()
         self.method.commit()
@@ -207,9 +214,6 @@ class Rounds:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _due(self) -> bool:
-        return self.version % self._plan.sketch_every == 0
-
     def _weight(self) -> float:
         """``a_k`` among those who take part."""
         return self.weights[self._plan.worker] / self._present()
@@ -228,10 +232,12 @@ class Rounds:
         self._local.give(given, self._present())
         return given
 
-    def _take_snapshot(self, welcome: Welcome) -> None:
-        self.replica.load(*snapshot.unpack_snapshot(self.replica.layout, welcome.bodies))
+    def _take_snapshot(self, welcome: Welcome, joining: bool = False) -> None:
+        w, statics = snapshot.unpack_snapshot(self.replica.layout, welcome.bodies)
+        self.replica.load(w, statics if joining else None)  # later they are the worker's own
         self.version, self.position, self.weights = welcome.version, welcome.position, welcome.weights
         self._ratios = welcome.ratios or []
+        self.finished = self.finished or welcome.final
 
     def _receive(self, news: News) -> None:
         if news.snapshot is not None:

@@ -151,6 +151,7 @@ class Session:
         while True:
             rounds.wait_for_turn()
             if rounds.finished:
+                seed_everything(plan.seed, "finished")
                 return
             rounds.begin()
             size = plan.schedule.batch_size(rounds.version, batch_size)
@@ -179,8 +180,6 @@ class Session:
         self._taken = 0
         rounds.finish(steps * size)
         self._consumed += steps * size
-        if rounds.finished:
-            seed_everything(self._plan.seed, "finished")
 
     def report(self, **values: float | Tensor) -> None:
         """Report quantities of this step, such as ``loss=loss``; their means go to metrics and report.

@@ -57,6 +57,22 @@ def test_ray_and_inline_give_the_same_fingerprint_the_same_bytes_and_the_same_ro
     assert all("127.0.0." in address for address in addresses), addresses
 
 
+def test_an_asynchronous_run_ends_for_every_worker_with_one_model(local_ray, tmp_path):
+    server = {"mode": "async", "buffer": 1, "max_staleness": 8, "staleness": {"kind": "polynomial"}}
+    values = settings(tmp_path, name="async", rounds=2 * ROUNDS, server=server, feedback={"kind": "saef"})
+    result = launch("examples.digits:train", values, observe=lambda row: None)  # one fingerprint, or it fails
+    summary = result.summary
+    assert (summary["status"], summary["rounds"]) == ("finished", 2 * ROUNDS)
+    assert summary["fingerprint"]
+    assert set(summary["rejected"]) <= {"finished"}
+    assert summary["conservation_error"] <= 4
+    assert 0 < summary["reported"]["accuracy"] <= 100
+    rows = untimed_rows(result.path)
+    assert [row["version"] for row in rows] == list(range(1, 2 * ROUNDS + 1))
+    assert {row["samples"] for row in rows} <= {32, 64, 96, 128}, "those who waited for the slowest fold together"
+    assert {row["samples"] for row in rows} & {32, 64}
+
+
 def test_two_runs_with_the_same_seed_give_the_same_fingerprint_and_another_seed_another(tmp_path):
     def fingerprint(name, seed):
         values = settings(tmp_path, backend="inline", name=name, seed=seed, rounds=4, metrics={"port": None})

@@ -1,5 +1,7 @@
 """Settings: defaults, overrides, and one clear sentence for everything that is not valid."""
 
+import re
+
 import pytest
 import yaml
 
@@ -92,6 +94,31 @@ def test_gradients_refuse_local_steps_and_a_second_optimizer():
         validate({**base, "workers": {"local_steps": 2}})
     with pytest.raises(SettingsError, match=r"server\.optimizer must be sum"):
         validate({**base, "server": {"optimizer": {"kind": "torch.optim.SGD"}}})
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"server": {"buffer": 2}}, "server.buffer needs server.mode: async"),
+        ({"server": {"max_staleness": 2}}, "server.max_staleness needs server.mode: async"),
+        ({"server": {"staleness": {"kind": "hinge"}}}, "server.staleness needs server.mode: async"),
+        ({"server": {"mode": "async", "buffer": 5}}, "server.buffer is 5; valid is at most workers.count, 4"),
+        ({"server": {"mode": "async"}, "federated": {"participation": 0.5}}, "federated.participation needs"),
+        ({"server": {"mode": "async"}, "federated": {"control_variates": True}}, "federated.control_variates needs"),
+        ({"server": {"mode": "async"}, "feedback": {"average_every": 2}}, "feedback.average_every needs"),
+        (
+            {
+                "server": {"mode": "async", "staleness": {"kind": "polynomial"}},
+                "feedback": {"kind": "ef21"},
+                "send": "gradient",
+            },
+            "server.staleness is polynomial, but feedback.kind ef21 needs constant",
+        ),
+    ],
+)
+def test_what_an_asynchronous_server_cannot_do_is_refused_and_what_only_it_can(changed, sentence):
+    with pytest.raises(SettingsError, match=re.escape(sentence)):
+        validate({"train": "m:f", **changed})
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ RARE = (b"sketch", b"energies", [b"a push", b"another"])  # fields of a Push tha
 
 SAMPLES = (
     Join(3, LAYOUT.describe(), {"kind": "torch.optim.SGD", "groups": [{"params": ["weight"], "lr": 0.5}]}, 7, 90),
-    Welcome(7, 640, {0: 0.25, 3: 0.75}, [0.125, 0.0], bodies=BODIES),
+    Welcome(7, 640, {0: 0.25, 3: 0.75}, [0.125, 0.0], True, bodies=BODIES),
     Push(3, 9, 7, 32, pack_statistics({0: 1.5}), ["loss"], 2**63 - 1, [{"lr": 0.1}], 2, [1], *RARE, bodies=BODIES),
     Entry(8, 672, {3: 1.0}, True, [0.5, 1.0], bodies=BODIES),
     Average(3, 10, 8, bodies=BODIES),
@@ -82,7 +82,7 @@ drawn = st.one_of(
         st.none() | count,
         **common,
     ),
-    st.builds(Welcome, whole, whole, weights, st.none() | ratios, **common),
+    st.builds(Welcome, whole, whole, weights, st.none() | ratios, st.booleans(), **common),
     st.builds(
         Push,
         whole,
@@ -145,7 +145,7 @@ def test_kinds_and_keys_never_change():
     """What is written here has been sent; numbers may be added and none may be used again."""
     assert {type(m).__name__: (m.KIND, keys(m)) for m in SAMPLES} == {
         "Join": (1, {"worker": 1, "description": 2, "optimizer": 3, "version": 4, "samples": 5}),
-        "Welcome": (2, {"version": 1, "position": 2, "weights": 3, "ratios": 4}),
+        "Welcome": (2, {"version": 1, "position": 2, "weights": 3, "ratios": 4, "final": 5}),
         "Push": (
             3,
             {
@@ -245,6 +245,7 @@ MALFORMED = {
     ("Welcome", "position"): NO_NUMBER,
     ("Welcome", "weights"): (None, *NO_WEIGHTS),
     ("Welcome", "ratios"): NO_RATIOS,
+    ("Welcome", "final"): (None, 1, 0, "true"),
     ("Push", "worker"): NO_NUMBER,
     ("Push", "sequence"): NO_NUMBER,
     ("Push", "version"): NO_NUMBER,

@@ -55,6 +55,22 @@ def test_pieces_are_the_values_in_order(spec):
     assert np.array_equal(np.concatenate(pieces), update.values)
 
 
+@pytest.mark.parametrize("out", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("spec", ["topk:0.05+int4", "topk:0.05", "randk:0.1+sign", "bf16", "none", "lowrank:2"])
+def test_a_scaled_update_is_rounded_before_it_is_added(spec, out):
+    one, vector = compressor(spec, (50, 40)), torch.randn(2000, generator=torch.Generator().manual_seed(2))
+    update = unpack(one.encode(vector, one.init(2000), 5)[0], 2000)
+    total = torch.linspace(-2, 2, 2000, dtype=out)
+    expected = total + update.dense().to(out) * 0.3
+    before = update.dense()
+    update.add_scaled_to(total, 0.3)
+    assert torch.equal(total, expected)
+    assert torch.equal(update.dense(), before), "the update stays what it was"
+    assert update.norm() == pytest.approx(float(before.double().norm()))
+    with pytest.raises(ValueError, match="an update of 2000 elements cannot be added"):
+        update.add_scaled_to(total[1:], 0.3)
+
+
 @pytest.mark.parametrize("spec", ["topk:0.05+int4", "qsgd:4,bucket=100", "bf16"])
 def test_what_is_subtracted_is_what_is_added(spec):
     (update,) = decoded([spec], 10_000)

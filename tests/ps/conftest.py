@@ -9,7 +9,7 @@ import torch
 
 from protocol import Layout, messages, snapshot
 from protocol.layout import Entry as Tensor
-from protocol.messages import Average, Join, Leave, Push
+from protocol.messages import Average, Join, Leave, Pull, Push
 from protocol.segment import pack_exact
 from ps.plan import Plan
 from ps.server import Server
@@ -32,14 +32,14 @@ class Rig:
         counted: bytes by direction, counted here.
     """
 
-    def __init__(self, workers=(0, 1, 2), layout=None, model=None, optimizer=None, **plan):
+    def __init__(self, workers=(0, 1, 2), layout=None, model=None, optimizer=None, server=None, **plan):
         self.layout = layout or Layout(MODEL)
         self.model = torch.arange(self.layout.numel, dtype=self.layout.dtype) if model is None else model
         self.now = 0.0
         buffers = {e.name: "none" for e in self.layout.entries if e.role == "buffer"}  # bf16 would round
         settings = {"rounds": 1000, "send": "difference", "downlink": "none", "overrides": buffers}
         settings |= {"seed": 0, "sketch_every": 1} | plan
-        server = ServerSettings(optimizer=optimizer or {"kind": "sum"})
+        server = ServerSettings(**{"optimizer": optimizer or {"kind": "sum"}, **(server or {})})
         self.server = Server(Plan(workers=tuple(workers), server=server, **settings), lambda: self.now)
         self.vitals = self.server.vitals
         self.heard, self.counted = {}, Counter()
@@ -110,6 +110,10 @@ class Rig:
         """The next average of a worker."""
         return self.push(worker, vector, kind=Average, **fields)
 
+    def pull(self, worker, version=None, **fields):
+        """Wait for what comes after a version."""
+        return Pull(worker, self.version if version is None else version, **{"layout": self.layout.hash} | fields)
+
     def leave(self, worker, residual=None, cause="spot"):
         """Leave, with or without a residual to hand over."""
         bodies = () if residual is None else self.bodies(residual)
@@ -149,7 +153,7 @@ class Rig:
         return self.server.state.w - self.server.state.sender.residual
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rig():
     """The class, so that each test sets up what it needs."""
     return Rig

@@ -8,16 +8,16 @@ import pytest
 from protocol import messages
 from protocol.errors import RunStopped
 from protocol.messages import Entry, Refusal, Welcome
-from ps.inline import InlineServer, InlineTransport
+from ps.inline import InlineServer, InlineTransport, first_come
 
 
 class Crew:
     """Workers on threads; ``events`` is what happened, in order."""
 
-    def __init__(self, one, work):
+    def __init__(self, one, work, order=first_come):
         self.one, self.events, self.errors = one, [], []
         self.workers = one.server.plan.workers
-        self.shell = InlineServer(one.server, self.workers)
+        self.shell = InlineServer(one.server, self.workers, order=order)
         self.threads = [threading.Thread(target=self.run, args=(worker, work)) for worker in self.workers]
 
     def run(self, worker, work):
@@ -61,6 +61,29 @@ def test_rounds_close_and_the_order_of_events_is_the_same_every_time(rig):
     assert len({tuple(crew.events) for crew in crews}) == 1
     assert len({crew.one.w.numpy().tobytes() for crew in crews}) == 1
     assert len(crews[0].events) == 15
+
+
+def test_who_runs_next_can_be_chosen(rig):
+    def last_come(ready):
+        assert set(ready) <= {0, 1, 2}
+        return ready[-1]
+
+    asynchronous = {"mode": "async", "buffer": 1}
+    alike, turned = [Crew(rig(rounds=9, server=asynchronous), hurries, order) for order in (first_come, last_come)]
+    for crew in (alike.go(), turned.go()):
+        assert crew.one.server.finished
+        assert not crew.errors
+    assert alike.events == [worker for _ in range(3) for worker in (0, 1, 2)]
+    assert turned.events == [2] * 9, "whoever was answered last goes on"
+
+
+def hurries(crew, worker, call):
+    """Pushes until the run has ended; every push is an event."""
+    (welcome,) = call(crew.one.join(worker))
+    version = welcome.version
+    while not crew.one.server.finished:
+        crew.events.append(worker)
+        version = call(crew.one.push(worker, version=version))[-1].version
 
 
 def test_only_one_worker_runs_at_a_time(rig):

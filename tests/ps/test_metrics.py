@@ -12,11 +12,11 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from protocol import SettingsError
+from protocol import SettingsError, energies, ledger
 from protocol.messages import Stat, pack_statistics
 from ps.metrics import Endpoint, VitalsCollector
 from ps.settings import MetricsSettings
-from ps.vitals import BUCKETS, Vitals
+from ps.vitals import BUCKETS, VERSIONS, Vitals
 
 TEXT = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 ANY_PORT = MetricsSettings(port=0)
@@ -49,18 +49,22 @@ def documented():
 def a_run(rig):
     """Two workers, one round, and at least one of everything that is measured."""
     one = rig(workers=(0, 1), downlink="topk:0.1").start()
+    residuals = [energies.pack_sketch(ledger.sketch(torch.arange(25.0) * scale)) for scale in (1, 2)]
     first = {Stat.BEFORE: 5.0, Stat.SENT: 4.0, Stat.ERROR: 3.0, Stat.COMPUTE: 0.02, Stat.REPORTED: 1.0}
     second = {Stat.BEFORE: 2.0, Stat.SENT: 1.5, Stat.ERROR: 0.0, Stat.DISCARDED: 1.0, Stat.ENCODE: 0.0001}
     second |= {Stat.CONSERVATION: 2.5, Stat.REPORTED: 0.75, Stat.REPORTED + 1: 4.0}
     one.send(one.average(0, 1.0))
     one.send(one.average(1, 1.0))
-    push = one.push(0, torch.arange(25.0), samples=8, names=["loss"], statistics=pack_statistics(first))
+    push = one.push(
+        0, torch.arange(25.0), samples=8, names=["loss"], statistics=pack_statistics(first), sketch=residuals[0]
+    )
     one.send(push)
     one.send(push)
     one.send(one.join(7))
     one.send(one.push(1, version=9))
     names = ["accuracy", "loss"]
-    one.send(one.push(1, 0.0, samples=24, sequence=2, names=names, statistics=pack_statistics(second), skipped=2))
+    last = {"samples": 24, "sequence": 2, "names": names, "skipped": 2, "sketch": residuals[1]}
+    one.send(one.push(1, 0.0, statistics=pack_statistics(second), **last))
     one.send(one.push(1, digest=5))
     one.sequences[1] = 2
     one.send(one.leave(7, 1.0))
@@ -89,6 +93,9 @@ def expected(one):
         ("replica_mismatches_total",): 1,
         ("skipped_steps_total",): 2,
         ("discarded_norm_total", "cause", "compression"): 1,
+        ("discarded_norm_total", "cause", "staleness"): 0,
+        ("mismatch_norm", "at", "replica"): one.vitals.mismatch.replica,
+        ("mismatch_norm", "at", "ahead"): one.vitals.mismatch.ahead,
         ("conservation_error",): 2.5,
         ("reported", "name", "loss"): (8 * 1.0 + 24 * 4.0) / 32,
         ("reported", "name", "accuracy"): 0.75,
@@ -131,6 +138,21 @@ def test_the_durations_arrive_as_a_histogram(rig):
         assert found.pop(("count", phase, None)) == 1
         assert found.pop(("sum", phase, None)) == pytest.approx(seconds)
     assert not found
+
+
+def test_staleness_arrives_as_a_histogram_of_versions_and_what_it_drops_by_its_cause(rig):
+    staleness = {"kind": "hinge", "a": 1.0, "b": 0}
+    one = rig(workers=range(4), server={"mode": "async", "buffer": 1, "staleness": staleness}).start()
+    for worker in (0, 1, 2, 3):  # 0, 1, 2 and 3 versions late
+        one.send(one.push(worker, 1.0, version=0))
+    families = read(one.vitals)
+    family = families["carryover_staleness_versions"]
+    found = {(s.name[29:], s.labels.get("le")): s.value for s in family.samples}
+    buckets = {("bucket", str(bound)): float(sum(late <= bound for late in range(4))) for bound in VERSIONS}
+    assert found == {**buckets, ("bucket", "+Inf"): 4, ("count", None): 4, ("sum", None): 6}
+    assert [found["bucket", bound] for bound in ("0.0", "1.0", "2.0", "4.0")] == [1, 2, 3, 4]
+    dropped = {s.labels["cause"]: s.value for s in families["carryover_discarded_norm"].samples}
+    assert dropped == {"compression": 0, "staleness": pytest.approx(5 * (1 / 2 + 2 / 3 + 3 / 4))}
 
 
 def test_the_document_lists_every_metric_with_its_type_and_labels(rig):

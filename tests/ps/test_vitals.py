@@ -11,6 +11,7 @@ from ps.vitals import BUCKETS, Histogram, Vitals
 
 PROMISED = (
     *("rounds", "uplink_bytes", "downlink_bytes", "uplink_ratio", "downlink_ratio", "snapshot_bytes"),
+    *("uplink_bytes_per_sample", "downlink_bytes_per_sample"),
     *("server_error_norm", "worker_error_norm", "discarded_norm", "conservation_error", "reported"),
 )  # the launcher adds workers, seconds and the fingerprint
 
@@ -32,6 +33,8 @@ def test_the_summary_has_what_was_promised_and_goes_into_json(rig):
     assert summary["rounds"] == 1
     assert summary["worker_error_norm"] == pytest.approx(12**0.5)
     assert summary["uplink_bytes"] == one.vitals.bytes("uplink") > 0
+    for direction in ("uplink", "downlink"):
+        assert summary[f"{direction}_bytes_per_sample"] == one.vitals.bytes(direction) / 24 > 0
 
 
 def test_there_is_a_row_a_round_and_rows_can_be_asked_for_from_any_version(rig):
@@ -107,7 +110,7 @@ def test_a_resent_push_reports_once(rig):
     one.send(push)
     one.send(one.push(1))
     one.send(push)
-    assert (one.vitals.discarded, one.vitals.skipped_steps) == (2.0, 3)
+    assert (one.vitals.discarded["compression"], one.vitals.skipped_steps) == (2.0, 3)
     assert one.vitals.phases["compute"].total == 0.5
     assert one.vitals.workers[0].names == ["loss"]
 
@@ -119,7 +122,7 @@ def test_what_was_dropped_in_one_round_is_not_dropped_again_in_the_next(rig):
     assert one.vitals.workers[0].contraction() == 0.25
     one.round({0: 0.0}, statistics=pack_statistics({**norms, Stat.ERROR: 0.0}))
     assert one.vitals.workers[0].contraction() == 0
-    assert one.vitals.discarded == 1.0
+    assert one.vitals.discarded == {"compression": 1.0, "staleness": 0.0}
 
 
 def test_the_conservation_error_is_the_largest_of_any_sender(rig):

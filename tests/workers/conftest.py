@@ -12,6 +12,7 @@ import pytest
 
 import deploy.report  # noqa: F401  (imported when a run ends; here its plots are left out)
 from deploy import launch
+from ps.inline import InlineServer, Order, first_come
 from ps.server import Server
 from workers import Session
 
@@ -33,6 +34,7 @@ class Inline:
         server: of the last run.
         sessions: of the last run, by worker id.
         rows: of the last run, as in ``metrics.jsonl``.
+        order: who takes the next turn, in runs to come.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,6 +42,7 @@ class Inline:
         self.server: Server | None = None
         self.sessions: dict[int, Session] = {}
         self.rows: list[Mapping[str, Any]] = []
+        self.order: Order = first_come
 
     def train(self, train: Callable[[Session], Any], **settings: Any) -> Any:
         """``launch`` with no compression, ``ef`` and two workers where ``settings`` do not say otherwise."""
@@ -63,13 +66,17 @@ class Inline:
 def inline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inline:
     """Runs a training function; the report, which has tests of its own and takes a second, is left out."""
     runs = Inline(tmp_path)
-    initialise = Server.__init__
+    initialise, shell = Server.__init__, InlineServer.__init__
 
     def observed(server: Server, *given: Any) -> None:
         initialise(server, *given)
         runs.server = server
 
+    def ordered(server: InlineServer, *given: Any) -> None:
+        shell(server, *given, order=lambda ready: runs.order(ready))
+
     monkeypatch.setattr(Server, "__init__", observed)
+    monkeypatch.setattr(InlineServer, "__init__", ordered)
     for module in [m for name, m in sys.modules.items() if name.startswith("deploy.") and hasattr(m, "write_report")]:
         monkeypatch.setattr(module, "write_report", lambda paths: None)
     return runs
