@@ -94,8 +94,8 @@ def _state_vectors(settings: RunSettings) -> int:
     feedback, controls = settings.feedback, settings.federated.control_variates
     momentum = isinstance(feedback, MomentumFeedback | DeepGradientCompression)
     average = isinstance(feedback, Ef21Feedback) and feedback.eta < 1.0
-    gradient = settings.send == "gradient"
-    return 2 * (momentum + average + controls) + gradient
+    masked = isinstance(feedback, DeepGradientCompression)
+    return 2 * (momentum + average + controls) + masked + (settings.send == "gradient")
 
 
 def _estimates(settings: RunSettings) -> int:

@@ -17,6 +17,8 @@ GRADIENT_ONLY = {
     "dgc": "since it accumulates velocities of gradients",
 }
 
+ESTIMATING = ("ef21", "ef21_plus")
+
 
 def conflicts(settings: RunSettings) -> Iterator[str]:
     """One sentence for each combination that makes no sense: the key, its value, and what it needs."""
@@ -47,17 +49,19 @@ def _sending(settings: RunSettings) -> Iterator[str]:
 
 
 def _feedback(settings: RunSettings) -> Iterator[str]:
-    kind, residual = settings.feedback.kind, settings.workers.residual
-    if kind in ("ef21", "ef21_plus") and residual != "float32":
+    kind, residual, optimizer = settings.feedback.kind, settings.workers.residual, settings.server.optimizer
+    if kind in ESTIMATING and residual not in ("float32", "sparse"):
         yield (
-            f"workers.residual is {residual}, but feedback.kind {kind} needs float32: worker and server keep the "
-            "same estimate bit for bit"
+            f"workers.residual is {residual}, but feedback.kind {kind} needs float32 or sparse: worker and server keep "
+            "the same estimate bit for bit"
         )
-    if kind == "dgc":
-        specs = {"uplink": settings.uplink} | {f"overrides.{glob}": s for glob, s in settings.overrides.items()}
-        for key, spec in specs.items():
-            if not selects(compressor(spec)):
-                yield f"{key} is {spec}, but feedback.kind dgc needs a selection, as in topk:0.001, to mask"
+    if kind == "dgc" and not any(selects(compressor(spec)) for spec in _uplinks(settings)):
+        yield f"uplink is {settings.uplink}, but feedback.kind dgc needs a selection, as in topk:0.001, to mask"
+    if kind == "ef_momentum" and optimizer.options.get("momentum"):
+        yield (
+            f"server.optimizer has momentum {optimizer.options['momentum']}, but feedback.kind ef_momentum keeps the "
+            "momentum itself (feedback.momentum)"
+        )
 
 
 def _asynchronous(settings: RunSettings) -> Iterator[str]:
@@ -69,6 +73,13 @@ def _asynchronous(settings: RunSettings) -> Iterator[str]:
         if server.staleness.kind != "constant":
             yield "server.staleness needs server.mode: async; no update of a synchronous round is late"
         return
+    if server.staleness.kind != "constant" and settings.feedback.kind in ESTIMATING:
+        yield (
+            f"server.staleness is {server.staleness.kind}, but feedback.kind {settings.feedback.kind} needs constant: "
+            "what it sends corrects an estimate, and a part of a correction is wrong"
+        )
+    if settings.budget is not None:
+        yield "budget needs server.mode: sync, where all updates of a round were compressed by the same ratios"
     if server.buffer is not None and server.buffer > count:
         yield f"server.buffer is {server.buffer}; valid is at most workers.count, {count}"
     kind, weighted = settings.feedback.kind, server.staleness.kind
@@ -101,13 +112,36 @@ def _relays(settings: RunSettings) -> Iterator[str]:
 
 
 def _compression(settings: RunSettings) -> Iterator[str]:
-    if settings.granularity == "model" and settings.overrides:
-        yield "overrides needs granularity: layer; with granularity: model there are no layers to name"
+    specs = {"uplink": settings.uplink, "downlink": settings.downlink}
+    if average := getattr(settings.feedback, "average", None):
+        specs["feedback.average"] = average
+    for key, spec in specs.items():
+        if settings.granularity == "model" and spec.startswith("lowrank"):
+            yield f"{key} is {spec}, which needs granularity: layer; all parameters as one vector are no matrix"
+    yield from _warmup(settings)
     if settings.budget is None:
         return
     low, high = settings.budget.smallest, settings.budget.largest
     if low > high:
         yield f"budget.smallest is {low}; valid is at most budget.largest, {high}"
-    specs = (settings.uplink, *settings.overrides.values())
-    if all(ratio_of(compressor(spec)) is None for spec in specs):
+    if all(ratio_of(compressor(spec)) is None for spec in _uplinks(settings)):
         yield f"budget needs an uplink that selects by a ratio, as in topk:0.01; uplink is {settings.uplink}"
+
+
+def _warmup(settings: RunSettings) -> Iterator[str]:
+    schedule = settings.schedule
+    if not schedule.warmup_rounds:
+        if schedule.warmup_steps is not None:
+            yield f"schedule.warmup_steps is {schedule.warmup_steps}, but there are no schedule.warmup_rounds to divide"
+        return
+    found = [ratio_of(compressor(spec)) for spec in (settings.downlink, *_uplinks(settings))]
+    ratios = [ratio for ratio in found if ratio is not None]
+    if not ratios:
+        yield "schedule.warmup_rounds needs a compressor that selects by a ratio, as in topk:0.01"
+    elif settings.budget is None and min(ratios) >= schedule.warmup_ratio:
+        yield f"schedule.warmup_ratio is {schedule.warmup_ratio}; valid is above the ratio that follows, {min(ratios)}"
+
+
+def _uplinks(settings: RunSettings) -> tuple[str, ...]:
+    """The specifications of the layers of an update."""
+    return (settings.uplink, *settings.overrides.values())

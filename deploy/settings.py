@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
@@ -180,6 +180,7 @@ def _siblings(location: tuple[int | str, ...]) -> list[str]:
     for part in location[:-1]:
         if part != "feedback":
             model = FEEDBACK[str(part)] if part in FEEDBACK else model.model_fields[str(part)].annotation
+            model = next((one for one in get_args(model) if one is not type(None)), model)  # X | None
     return list(model.model_fields)
 
 

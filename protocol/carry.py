@@ -42,6 +42,8 @@ class Kept:
         discarded: a vector that was taken out of the memory without being sent, or None.
         forgotten: all that was given and not sent is discarded too.
         replaces: the receiver shall forget what it had of this segment before it adds the message.
+        beside: squared norm of what the rule has added up beside the sum that is sent, where that may be larger:
+            its rounding counts too.
     """
 
     encoded: Encoded
@@ -49,6 +51,7 @@ class Kept:
     discarded: Tensor | None = None
     forgotten: bool = False
     replaces: bool = False
+    beside: float = 0.0
 
 
 class Carry(Protocol):
@@ -73,7 +76,7 @@ class Owed:
         strength: s, the share of the residual that is fed back now; the rest waits.
         decay: b, the share of the residual that is kept; the rest is discarded.
         clip: no element of ``b e`` may be larger than this times the largest of ``|g|``; what is cut off is
-            discarded.
+            discarded. Where ``g`` is 0, as in a round without a step, it says nothing about the size of ``e``.
     """
 
     strength: float = 1.0
@@ -87,10 +90,10 @@ class Owed:
             operands = memory.begin(number, given)
             return Kept(send(operands, norms), operands.out)
         before = memory.copy(number).clone()
+        beside = square(before)
         residual = memory.copy(number).mul_(self.decay)
-        if self.clip is not None:
-            bound = self.clip * (float(given.abs().max()) if given.numel() else 0.0)
-            residual.clamp_(-bound, bound)
+        if self.clip is not None and given.numel() and (largest := float(given.abs().max())):
+            residual.clamp_(-self.clip * largest, self.clip * largest)
         discarded = before.sub_(residual)
         held = residual * (1.0 - self.strength)
         residual.mul_(self.strength)
@@ -99,9 +102,9 @@ class Owed:
         residual.add_(held)
         norms.before += mine.before
         norms.sent += mine.sent
-        norms.left += _square(residual)
-        norms.discarded += _square(discarded)
-        return Kept(encoded, residual, discarded)
+        norms.left += square(residual)
+        norms.discarded += square(discarded)
+        return Kept(encoded, residual, discarded, beside=beside)
 
 
 OWED = Owed()
@@ -123,5 +126,6 @@ class Dropped:
         return Kept(encoded, memory.copy(number), forgotten=True)
 
 
-def _square(vector: Tensor) -> float:
+def square(vector: Tensor) -> float:
+    """``|vector|^2`` in float64."""
     return float(torch.linalg.vector_norm(vector, dtype=torch.float64)) ** 2

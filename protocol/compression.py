@@ -32,7 +32,7 @@ class Compression:
         self._schedule = schedule
         dense = compressor("none")
         roles = [place.entry.role for place in layout.segments]
-        self._plain = tuple(dense if role == "parameter" else one for role, one in zip(roles, self.final, strict=True))
+        self._plain = tuple(one if role == "buffer" else dense for role, one in zip(roles, self.final, strict=True))
         self._scaled = lru_cache(maxsize=1)(self._with_ratios)
 
     def at(self, version: int, ratios: Sequence[float] = ()) -> tuple[Compressor, ...]:
@@ -64,9 +64,19 @@ def ratio_of(one: Compressor) -> float | None:
     return getattr(one.selection, "ratio", None) if isinstance(one, Pipeline) else None
 
 
+def count_of(one: Compressor, numel: int) -> int:
+    """How many of ``numel`` elements a compressor sends at most."""
+    return one.selection.count(numel) if isinstance(one, Pipeline) else numel
+
+
 def selects(one: Compressor) -> bool:
     """Whether a compressor sends some of the elements and not the others."""
     return isinstance(one, Pipeline) and not isinstance(one.selection, Everything)
+
+
+def sends_all(one: Compressor, numel: int) -> bool:
+    """Whether a compressor's ratio leaves none of ``numel`` elements out."""
+    return ratio_of(one) is not None and count_of(one, numel) == numel
 
 
 def with_ratio(one: Compressor, ratio: float) -> Compressor:

@@ -30,11 +30,12 @@ def pack_sketch(sketch: Sketch) -> bytes:
     """A scale in float32 and one signed byte a column: 260 bytes.
 
     A column is off by at most 1/254 of the largest, which is far below what sketching itself leaves open: the
-    norm of a vector is known to about ``1 / sqrt(2 COLUMNS)``, 4.4 %.
+    norm of a vector is known to about ``1 / sqrt(2 COLUMNS)``, 4.4 %. Beyond the range of float32, it is zero.
     """
-    scale = np.array([np.abs(sketch).max() / 127.0], SINGLE)
-    if not 0.0 < float(scale[0]) < math.inf:
+    step, range_ = float(np.abs(sketch).max()) / 127.0, np.finfo(np.float32)
+    if not float(range_.tiny) <= step <= float(range_.max):
         return np.zeros(1, SINGLE).tobytes() + bytes(COLUMNS)
+    scale = np.array([step], SINGLE)
     return scale.tobytes() + np.rint(sketch / float(scale[0])).clip(-127, 127).astype(np.int8).tobytes()
 
 
@@ -53,9 +54,9 @@ def unpack_sketch(data: bytes) -> Sketch:
 
 
 def pack_energies(norms: Sequence[Norms]) -> bytes:
-    """Eight bytes a segment."""
+    """Eight bytes a segment. Without error feedback, what a message leaves behind is what was discarded."""
     largest = float(np.finfo(np.float32).max)
-    values = np.array([(one.before, one.left) for one in norms], np.float64).reshape(-1)
+    values = np.array([(one.before, one.left or one.discarded) for one in norms], np.float64).reshape(-1)
     return values.clip(0.0, largest).astype(SINGLE).tobytes()
 
 

@@ -2,9 +2,10 @@
 
 Adding up whole vectors would cost as much memory as the model, so the ledger adds up sketches: a
 fixed linear map to ``COLUMNS`` numbers in float64. Element ``i`` goes to column ``i % COLUMNS`` with a
-sign that depends on ``i // COLUMNS`` alone, so that a sketch costs one read of the vector. Over the
-signs, the expected square of a sketch's norm is the square of the vector's (the AMS sketch, Alon,
-Matias, Szegedy 1999, with one row a column).
+sign that is one of the 64 bits of a hash of ``i // 64``, so that a sketch costs one read of the vector.
+Over the signs, the expected square of a sketch's norm is the square of the vector's (the AMS sketch,
+Alon, Matias, Szegedy 1999, with one row a column), with a relative variance of at most ``2 / COLUMNS`` where
+all columns hold as much of the vector, and of ``2 sum_c (s_c / s)^2`` where column c holds ``s_c`` of its square.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Ledger:
 
         Args:
             given: sketch, as are ``sent`` and ``discarded``.
-            scale: norm of what went into the compressor.
+            scale: norm of what went into the compressor, and of what a rule added up beside it.
             rounding: what a compact memory took away from the residual.
         """
         self.difference += given - sent

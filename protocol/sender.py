@@ -55,6 +55,7 @@ class _Balance:
     """The entries of one message in the ledger, as sketches; ``owes``: by segment, what was given is a debt."""
 
     owes: list[bool]
+    scale: float  # norm of all that was added up
     given: Sketch = field(default_factory=lambda: np.zeros(COLUMNS))
     sent: Sketch = field(default_factory=lambda: np.zeros(COLUMNS))
     discarded: Sketch = field(default_factory=lambda: np.zeros(COLUMNS))
@@ -134,15 +135,15 @@ class Sender:
         bodies, states, updates = zip(*(one.encoded for one in kept), strict=True)
         replaced = tuple(number for number, one in enumerate(kept) if one.replaces)
         message = Message(sequence, bodies, updates, sum(norms, Norms()), tuple(norms), replaced)
-        self._staged = _Staged(given, message, list(states), self._balance(given, each, kept))
+        self._staged = _Staged(given, message, list(states), self._balance(given, each, kept, message.norms))
         return message
 
     def commit(self) -> None:
         """The receiver has the staged message: the new residual and the new states count from now on."""
         staged = self._take()
         self._states = staged.states
-        balance, scale = staged.balance, math.sqrt(staged.message.norms.before)
-        self.ledger.enter(balance.given, balance.sent, balance.discarded, scale, self._residual.adopt())
+        balance = staged.balance
+        self.ledger.enter(balance.given, balance.sent, balance.discarded, balance.scale, self._residual.adopt())
 
     def refuse(self) -> None:
         """The receiver did not take the staged message: what was given joins the residual unsent.
@@ -157,8 +158,7 @@ class Sender:
                 total += (vector := staged.given[place.start : place.stop])
                 given += ledger.sketch(vector, place.start)
             self._residual.stage(number, total, self._key(staged.message.sequence, number, "refused"))
-        scale = math.sqrt(staged.message.norms.before)
-        self.ledger.enter(given, np.zeros(COLUMNS), None, scale, self._residual.adopt())
+        self.ledger.enter(given, np.zeros(COLUMNS), None, staged.balance.scale, self._residual.adopt())
 
     def average(self, compressors: Sequence[Compressor], sequence: int) -> Message:
         """The residual itself as a message, by compressors of its own. Alters nothing; see ``replace``."""
@@ -239,9 +239,10 @@ class Sender:
             total += ledger.sketch_update(update, place.start)
         return total
 
-    def _balance(self, given: Tensor, rules: Sequence[Carry], kept: Sequence[Kept]) -> _Balance:
+    def _balance(self, given: Tensor, rules: Sequence[Carry], kept: Sequence[Kept], norms: Norms) -> _Balance:
         """What the ledger will be told. Where all that is not sent is discarded, there is nothing to check."""
-        balance = _Balance([rule.owes for rule in rules])
+        scale = math.sqrt(norms.before + sum(one.beside for one in kept))
+        balance = _Balance([rule.owes for rule in rules], scale)
         for place, rule, one in zip(self.layout.segments, rules, kept, strict=True):
             if one.forgotten:
                 continue

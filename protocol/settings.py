@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 
 class Strict(BaseModel):
-    """Immutable, and unknown keys are refused."""
+    """Immutable; unknown keys are refused, and so are numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Course(Strict):
@@ -32,9 +41,9 @@ class Course(Strict):
     def at(self, version: int) -> float:
         """The number at a version."""
         done = version - self.begin
-        if done >= self.rounds:
-            return self.last if done >= 0 else self.first
-        return self.first + (self.last - self.first) * max(0, done) / self.rounds
+        if done < 0:
+            return self.first
+        return self.last if done >= self.rounds else self.first + (self.last - self.first) * done / self.rounds
 
     def within(self, low: float, high: float) -> bool:
         """Whether it never leaves ``[low, high]``."""
@@ -64,6 +73,13 @@ class Schedule(Strict):
     warmup_steps: PositiveInt | None = None  # in so many equal steps; null: a little every round
     batch: Course = Course()  # factor on the batch size
 
+    @field_validator("batch")
+    @classmethod
+    def _a_factor(cls, value: Course) -> Course:
+        if min(value.first, value.last) <= 0.0:
+            raise ValueError(f"schedule.batch goes from {value.first} to {value.last}; valid are factors above 0")
+        return value
+
     def compresses(self, version: int) -> bool:
         """Whether the messages of the round at ``version`` are compressed."""
         return version >= self.start_round
@@ -75,12 +91,12 @@ class Schedule(Strict):
             return final
         share = done / self.warmup_rounds
         if self.warmup_steps is not None:
-            share = int(share * self.warmup_steps) / self.warmup_steps
+            share = done * self.warmup_steps // self.warmup_rounds / self.warmup_steps
         return float(self.warmup_ratio * (final / self.warmup_ratio) ** share)
 
     def learning_rate_factor(self, version: int) -> float:
         """The factor on every learning rate in the round at ``version``."""
-        return self.learning_rate if self.start_round and self.compresses(version) else 1.0
+        return self.learning_rate if self.compresses(version) else 1.0
 
     def batch_size(self, version: int, size: int) -> int:
         """The batch size in the round at ``version`` for one of ``size``; at least 1."""

@@ -107,15 +107,18 @@ class Estimates:
             self._correct(contribution)
         total, trained = self._total.fold(contributions, weights), self._layout.trainable
         total[:trained] = 0.0
-        share = sum(weights[worker] for worker in self.known if worker in weights)
+        known = sorted(self.known.keys() & weights.keys())
+        share = sum(weights[worker] for worker in known)
         if not all(contribution.skipped for contribution in contributions):
-            for worker in sorted(self.known.keys() & weights.keys()):
+            for worker in known:
                 total[:trained].add_(self.known[worker], alpha=weights[worker] / share)
         return total
 
     def _correct(self, contribution: Contribution) -> None:
         trained = self._layout.trainable
         estimate = self.known.get(contribution.worker)
+        if estimate is None and contribution.skipped:
+            return  # it has no gradient yet
         if estimate is None:
             estimate = self.known[contribution.worker] = self._layout.zeros()[:trained].clone()
         segments = zip(self._layout.segments, contribution.updates, strict=True)

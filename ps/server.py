@@ -45,6 +45,7 @@ class Server:
         self._barrier = Barrier(plan)
         self._answers = Answers(self.vitals)
         self._steering: Steering | None = None
+        self._joined: set[int] = set()  # since the last fold, with nothing in memory
 
     def receive(self, frame: U8, ticket: Ticket) -> list[Answer]:
         """Take in one frame; the answers that are due because of it, perhaps to other tickets too."""
@@ -118,6 +119,7 @@ class Server:
 
     def _welcome(self, state: ServerState, workers: Collection[int]) -> list[Answer]:
         answers = []
+        self._joined |= {worker for worker in workers if self._membership.joining[worker].message.version is None}
         for worker, tickets, frames in self._membership.welcome(state, workers):
             answers += self._answers.give(tickets, "snapshot", frames)
             self._answers.forget(worker)
@@ -218,15 +220,17 @@ class Server:
         relayed = [one.message for one in pending.values() if one.message.relayed]
         self._measure_mismatch(state, pushes, relayed)
         sized = [(one.message, one.size) for one in pending.values()]
-        ratios = self._steering.choose(state.version, state.ratios, sized) if self._steering else None
+        every, steering = self.plan.sketch_every, self._steering
+        ratios = steering.choose(state.version, state.ratios, sized, every) if steering else None
         options = next((push.options for push in pushes if push.options), None)  # one worker announces them
         begun = self._clock()
         try:
-            applied = apply(state, Close(tuple(folded), weights, options, ratios, final))
+            applied = apply(state, Close(tuple(folded), weights, options, ratios, final, tuple(sorted(self._joined))))
         except NotFiniteError as error:
             return self._fail(f"{error}, after the server's optimizer")
         self.vitals.phases["aggregate"].observe(self._clock() - begun)
         self.vitals.joins += len(joining.keys() - stay.keys())
+        self._joined.clear()
         self.finished, state.samples = final, samples
         self._note_digest(state)
         pulling, self._barrier.pulling = self._barrier.pulling, {}

@@ -31,6 +31,7 @@ class Close:
         weights: the members from the next round on with their weights, if they change.
         options: the optimizer's options by group, as rank 0 announced them.
         ratios: of the uplink's selections from the next round on, by segment, if they change.
+        joined: members that have joined, perhaps again, since the last fold: they remember nothing.
     """
 
     contributions: tuple[Contribution, ...]
@@ -38,6 +39,7 @@ class Close:
     options: list[dict[str, Any]] | None = None
     ratios: list[float] | None = None
     final: bool = False
+    joined: tuple[int, ...] = ()
 
 
 @dataclass
@@ -111,6 +113,7 @@ def apply(state: ServerState, record: Close) -> Applied:
     Raises:
         NotFiniteError: the step of the server's optimizer holds NaN or Inf; no version was made.
     """
+    state.aggregate.retain(state.weights.keys() - set(record.joined))
     total = state.aggregate.fold(record.contributions, state.weights)
     skipped = all(contribution.skipped for contribution in record.contributions) and not any(
         total[s.start : s.stop].any() for s in state.layout.segments if s.entry.role == "parameter"

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from protocol import energies
-from protocol.compression import Compression, ratio_of
+from protocol.compression import Compression, count_of, ratio_of
 from protocol.energies import Energy
 from protocol.kernels.sketch import Sketch
 from protocol.layout import Layout
@@ -17,8 +18,11 @@ from protocol.messages import Push
 from protocol.settings import Budget, Schedule
 from ps.plan import Plan
 
-EXPONENT = 0.5  # see Steering.ratios
-NARROW = 60  # halvings of the interval in which the common factor of the ratios lies
+Floats = npt.NDArray[np.float64]
+
+EXPONENT = 0.5  # see Steering
+STEP = 4.0  # how much a layer's odds change at most, relative to those of the others
+WIDEST, NARROW = 128.0, 60  # binary logarithm of the common factor of the odds; halvings of the interval it lies in
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Mismatch:
 
     Xu, Huo, Huang, "Step-Ahead Error Feedback" (AAAI 2021): with an L-smooth loss the mismatch is at most ``L^2``
     times these, squared, plus ``4 sigma^2``. The paper's ``1/K sum_k e_k`` is our ``sum_k e_k``, since ours carry
-    their weight, and its ``e_k`` is our ``e_k / a_k``. Norms from sketches, to about 4 %.
+    their weight, and its ``e_k`` is our ``e_k / a_k``. Norms from sketches, to about 4 % (see ``protocol.ledger``).
 
     Attributes:
         replica: ``|e + sum_k e_k|``, equation (9): gradients at ``w``, as in ``ef``.
@@ -58,11 +62,12 @@ def mismatch(server: Sketch, workers: Mapping[int, Sketch], weights: Mapping[int
 class Steering:
     """Sets each layer's ratio so that the workers' errors, in sum, are least for a budget of bytes.
 
-    Let a layer's squared error be ``E(k) = c k^-a`` if it sends ``k`` elements. The sum of ``E`` under
+    Let a layer's squared error be ``E(k) = c k^-a`` if it sends ``k`` of its ``n`` elements. The sum of ``E`` under
     ``sum k = const`` is least where all ``dE/dk = -a E / k`` are equal. From the measured ``E`` at the present
     ``k`` follows ``c``, and for ``a = 1`` the new ``k`` in proportion to ``k (E / k)^(1/2)``; repeated, this
-    goes to the point where ``E / k`` is equal everywhere whatever ``a`` is. What an element costs in bytes is
-    measured from the bodies of the messages.
+    goes to the point where ``E / k`` is equal everywhere whatever ``a`` is. The law ends near ``k = n``, where
+    ``E`` falls to 0; so it is the odds ``k / (n - k)``, there and where few are sent alike, that are multiplied, by
+    ``STEP`` at most. What an element costs in bytes is measured from the bodies of the messages.
 
     Args:
         uplink: of the workers; ratios are for those segments that it selects by a ratio.
@@ -70,23 +75,28 @@ class Steering:
 
     def __init__(self, layout: Layout, uplink: Compression, schedule: Schedule, budget: Budget) -> None:
         self._layout, self._uplink, self._schedule, self._budget = layout, uplink, schedule, budget
-        self._places = [n for n, one in enumerate(uplink.final) if ratio_of(one) is not None]
+        self._places = [n for n, s in enumerate(layout.segments) if s.numel and ratio_of(uplink.final[n]) is not None]
+        self._numel = np.array([layout.segments[n].numel for n in self._places], np.float64)
 
-    def choose(self, version: int, present: Sequence[float], pushes: Sequence[tuple[Push, int]]) -> list[float] | None:
+    def choose(
+        self, version: int, present: Sequence[float], pushes: Sequence[tuple[Push, int]], every: int
+    ) -> list[float] | None:
         """The ratios from version ``version + 1`` on; see ``ratios``.
 
         Args:
             pushes: of the round, each with the bytes of its frame; those count that bring norms by segment.
+            every: rounds between pushes that bring them.
         """
         telling = [(push, size) for push, size in pushes if push.energies]
         if not telling:
             return None
+        others = 1.0 - 1.0 / every  # pushes without statistics
         return self.ratios(
             version,
             present,
             [energies.unpack_energies(push.energies, len(self._layout.segments)) for push, _ in telling],
             [[body.size for body in push.bodies] for push, _ in telling],
-            sum(size - len(push.sketch) - len(push.energies) for push, size in telling) / len(telling),
+            sum(size - others * len(push.sketch + push.energies) for push, size in telling) / len(telling),
         )
 
     def ratios(
@@ -110,20 +120,38 @@ class Steering:
         """
         if not self._places or not measured or not self._schedule.compresses(version):
             return None
-        used = [ratio_of(one) for one in self._uplink.at(version, present)]
+        used = self._uplink.at(version, present)
+        count = np.array([count_of(used[n], self._layout.segments[n].numel) for n in self._places], np.float64)
         error = np.array([sum(each[n].left for each in measured) for n in self._places])
         bytes_ = np.array([float(np.mean([each[n] for each in sizes])) for n in self._places])
-        numel = np.array([self._layout.segments[n].numel for n in self._places], np.float64)
-        count = np.maximum(1.0, np.array([used[n] for n in self._places], np.float64) * numel)
-        wanted = count * (error / count + 1e-30) ** EXPONENT
-        cost = bytes_ / count
-        budget = self._budget.bytes - (whole - float(bytes_.sum()))
-        low, high = self._budget.smallest * numel, self._budget.largest * numel
-        chosen = _filled(wanted, cost, np.maximum(low, 1.0), np.maximum(high, 1.0), budget) / numel
+        step = np.ones_like(error)
+        if error.any():
+            step = ((error / count) / (error.sum() / count.sum())) ** EXPONENT
+        odds = step.clip(1.0 / STEP, STEP) * (count + 0.5) / (self._numel - count + 0.5)
+        counts = self._filled(odds, bytes_ / count, self._budget.bytes - (whole - float(bytes_.sum())))
         ratios = [0.0] * len(self._layout.segments)
-        for n, ratio in zip(self._places, chosen, strict=True):
-            ratios[n] = float(min(1.0, ratio))
+        for n, ratio in zip(self._places, counts / self._numel, strict=True):
+            ratios[n] = float(ratio)
         return ratios
+
+    def _filled(self, odds: Floats, cost: Floats, budget: float) -> Floats:
+        """The counts for these odds times the factor for which ``sum(cost * .)`` is the budget, if there is one."""
+        low = np.maximum(1.0, self._budget.smallest * self._numel)
+        high = np.maximum(low, self._budget.largest * self._numel)
+
+        def counts(power: float) -> Floats:
+            scaled = 2.0**power * odds
+            found: Floats = np.clip(self._numel * scaled / (1.0 + scaled), low, high)
+            return found
+
+        under, over = -WIDEST, WIDEST
+        for _ in range(NARROW):
+            middle = (under + over) / 2.0
+            if float((cost * counts(middle)).sum()) > budget:
+                over = middle
+            else:
+                under = middle
+        return counts(under)
 
 
 def steering_for(plan: Plan, layout: Layout) -> Steering | None:
@@ -132,15 +160,3 @@ def steering_for(plan: Plan, layout: Layout) -> Steering | None:
         return None
     uplink = Compression(layout, plan.uplink, plan.overrides, plan.schedule)
     return Steering(layout, uplink, plan.schedule, plan.budget)
-
-
-def _filled(wanted: np.ndarray, cost: np.ndarray, low: np.ndarray, high: np.ndarray, budget: float) -> np.ndarray:
-    """``clip(f wanted, low, high)`` with the factor f for which ``sum(cost * .)`` is the budget, if there is one."""
-    under, over = 0.0, float((high / wanted).max())
-    for _ in range(NARROW):
-        middle = (under + over) / 2.0
-        if float((cost * np.clip(middle * wanted, low, high)).sum()) > budget:
-            over = middle
-        else:
-            under = middle
-    return np.clip(under * wanted, low, high)

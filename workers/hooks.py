@@ -125,21 +125,21 @@ class GradientCapture:
                 f"the optimizer has {len(self._current)} parameter groups where session.prepare saw {len(known)}; "
                 "with send: gradient all of them must be there before"
             )
+        current = self._current  # of the last step: a round may be without one
+        if self.factor != 1.0:
+            current = [{**group, "lr": group["lr"] * self.factor} for group in current]
         changed = [
             {name: value for name, value in now.items() if name not in before or before[name] != value}
-            for now, before in zip(self._current, known, strict=True)
+            for now, before in zip(current, known, strict=True)
         ]
-        self._announced = self._current
+        self._announced = current
         return changed if any(changed) else None
 
     def _options(self) -> Options:
-        options = [
+        return [
             {name: _plain(value) for name, value in group.items() if name != "params"}
             for group in self._optimizer.param_groups
         ]
-        for group in options if self.factor != 1.0 else ():
-            group["lr"] *= self.factor
-        return options
 
 
 def _plain(value: Any) -> Any:

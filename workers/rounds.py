@@ -160,7 +160,7 @@ class Rounds:
             self._exchange.sequence + 1,
             self._weight(),
             len(self.participants()),
-            skipped > 0 and self._capture is not None,
+            not taken,
             self._compression.at(self.version, self._ratios),
         )
         try:

@@ -63,9 +63,10 @@ def to_bfloat16(values, key, codes, position, changed, start, stop):  # type: ig
     The lower half of a float32's bits is the distance to the next smaller magnitude in bfloat16: adding
     random bits and dropping the half rounds up exactly that often. Float64 becomes float32 first.
 
-    What that takes away is added to the sketch ``changed``, in which ``values`` stand at ``position``. Returns
-    an upper bound of its expected square: a value between two neighbours at distance ``s`` moves by at most
-    ``s / 2`` in root mean square, which is at most ``2**-8 |value|``, or ``2**-134`` for a denormal number.
+    What that takes away is added to the sketch ``changed`` (see ``kernels.sketch``), in which ``values`` stand at
+    ``position``. Returns an upper bound of its expected square: a value between two neighbours at distance ``s``
+    moves by at most ``s / 2`` in root mean square, which is at most ``2**-8 |value|``, or ``2**-134`` for a
+    denormal number.
     """
     near = np.empty(BLOCK, np.float32)
     bits = near.view(np.uint32)

@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import deploy.report  # noqa: F401  (imported when a run ends; here its plots are left out)
 from deploy import launch
+from deploy.settings import validate
+from protocol import Layout
+from protocol.compression import Compression
+from protocol.layout import Entry
+from protocol.sender import Message
 from ps.inline import InlineServer, Order, first_come
 from ps.server import Server
 from workers import Session
+from workers.feedback import Round, feedback_for
 
 DEFAULTS = {
     "backend": "inline",
@@ -60,6 +68,56 @@ class Inline:
         """``summary.json`` of the last run."""
         summary: dict[str, Any] = json.loads((self.folder / "run" / "summary.json").read_text())
         return summary
+
+
+class Lone:
+    """One worker's feedback method without model and server: what a test gives it, it stages and commits.
+
+    Attributes:
+        version: of the next round.
+        spans: the places of the segments in the flat vector.
+    """
+
+    def __init__(
+        self,
+        feedback: dict[str, Any],
+        uplink: str,
+        shapes: tuple[tuple[int, ...], ...] = ((6, 7), (5,)),
+        dtype: str = "float64",
+        memory: Any = "float32",
+        buffers: int = 0,
+        **settings: Any,
+    ) -> None:
+        send = "gradient" if feedback["kind"] in ("ef21", "ef21_plus", "dgc") else "difference"
+        valid = validate({"train": "m:f", "send": send, "feedback": feedback, "uplink": uplink, **settings})
+        entries = [Entry(f"w{n}", shape, dtype, "parameter") for n, shape in enumerate(shapes)]
+        entries += [Entry("running_mean", (buffers,), dtype, "buffer")] if buffers else []
+        self.layout = Layout(tuple(entries), valid.granularity)
+        self.spans = [slice(place.start, place.stop) for place in self.layout.segments]
+        self._compression = Compression(self.layout, uplink, {}, valid.schedule)
+        compressors, device = self._compression.final, torch.device("cpu")
+        self.method = feedback_for(valid.feedback, self.layout, compressors, 3, device, memory)
+        self.sender = self.method.sender
+        self.version = self._sequence = 0
+
+    def stage(self, given: Tensor, weight: float = 1.0, workers: int = 1, skipped: bool = False) -> Message:
+        """Stage the update of the next round; ``given`` is not altered."""
+        compressors = self._compression.at(self.version)
+        at = Round(self.version, self._sequence + 1, weight, workers, skipped, compressors)
+        return self.method.stage(given.to(self.layout.dtype, copy=True), at)
+
+    def round(self, given: Tensor, **at: Any) -> Tensor:
+        """Stage and commit; what was sent, shape ``(layout.numel,)``."""
+        message = self.stage(given, **at)
+        self.method.commit()
+        self.version, self._sequence = self.version + 1, self._sequence + 1
+        return torch.cat([update.dense().to(self.layout.dtype) for update in message.updates])
+
+
+@pytest.fixture
+def lone() -> type[Lone]:
+    """The class, so that each test sets up what it needs."""
+    return Lone
 
 
 @pytest.fixture

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from protocol.compression import sends_all
+from protocol.compressors import Compressor
 from protocol.sender import Message, Sender
 from workers.feedback.method import Method, Round
 from workers.settings import DeepGradientCompression
@@ -22,12 +25,13 @@ class Dgc(Method):
     warm-up is the schedule's (``schedule.warmup_rounds``). The server runs the user's optimizer, which must
     have no momentum of its own.
 
-    Differences: ``v_k`` is the residual and keeps the error of the value code too; a message that holds all
-    elements masks nothing, since nothing was late.
+    Differences: ``v_k`` is the residual and keeps the error of the value code too; a compressor that
+    sends all elements masks nothing, since nothing was late.
 
-    Ledger: given ``u_k'``; residual ``v_k``; discarded, in the units of a gradient's whole effect
-    ``g / (1 - m)``: the velocity that masking clears, times ``m / (1 - m)``, and what clipping cuts off. A
-    refused update joins ``v_k``.
+    Ledger: given ``a_k g_k / (1 - m)``, a gradient's whole effect; residual ``v_k + u_k m / (1 - m)``, with Nesterov
+    ``v_k + u_k m^2 / (1 - m)``: what was accumulated, and what the velocity will still bring; discarded: the
+    latter of what masking clears, and ``1 / (1 - m)`` times what clipping cuts off. A refused update joins
+    ``v_k``, unmasked. A round without an optimizer step leaves ``u_k`` alone, but for the masking.
     """
 
     def __init__(self, sender: Sender, settings: DeepGradientCompression, device: torch.device) -> None:
@@ -49,9 +53,10 @@ class Dgc(Method):
             else:
                 trained.copy_(self._staged)
         message = self.sender.stage(given, at.sequence, compressors=at.compressors)
-        self._masked = self._mask(message)
+        self._masked = self._mask(message, at.compressors)
         cleared = float(torch.linalg.vector_norm(self._staged - self._masked, dtype=torch.float64))
-        message.norms.discarded += ((m * cleared) ** 2 + (at.weight * dropped) ** 2) / (1.0 - m) ** 2
+        still = m * m if self._settings.nesterov else m
+        message.norms.discarded += ((still * cleared) ** 2 + (at.weight * dropped) ** 2) / (1.0 - m) ** 2
         return message
 
     def commit(self) -> None:
@@ -75,9 +80,10 @@ class Dgc(Method):
         gradient.mul_(bound / norm)
         return norm - bound
 
-    def _mask(self, message: Message) -> Tensor:
+    def _mask(self, message: Message, compressors: Sequence[Compressor]) -> Tensor:
         masked = self._staged.clone()
-        for place, update in zip(self.sender.layout.segments, message.updates, strict=True):
-            if update.indices is not None and place.stop <= masked.numel():
+        for place, update, one in zip(self.sender.layout.segments, message.updates, compressors, strict=True):
+            late = update.indices is not None and not sends_all(one, place.numel)
+            if late and place.stop <= masked.numel():
                 masked[place.start : place.stop][torch.as_tensor(update.indices, device=masked.device)] = 0.0
         return masked

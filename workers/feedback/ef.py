@@ -19,25 +19,33 @@ class Ef(Method):
     workers simply add; ``d_k`` may be the sum of several local steps of any optimizer, or a gradient.
 
     ``decay`` b and ``clip`` are those of a residual that must not grow without bound; ``reset_every`` clears
-    it; ``strength`` s, a function of the version, feeds back a share and lets the rest wait; before
-    ``start_round`` there is no error feedback. They are the practices of the surveys ("periodic error reset",
-    "overflow prevention", "adaptive error feedback", "delayed error feedback").
+    it in a worker's first round from every such multiple of versions on; ``strength`` s, a function of the
+    version, feeds back a share and lets the rest wait; before ``start_round`` there is no error feedback. They
+    are the practices of the surveys ("periodic error reset", "overflow prevention", "adaptive error feedback",
+    "delayed error feedback").
 
     Ledger: given ``a_k d_k``; residual ``e_k``; discarded: what decay, clip and resets take from ``e_k``, and
-    before ``start_round`` what was not sent. A refused update joins ``e_k``.
+    before ``start_round`` what was not sent. A refused update joins ``e_k``, but before ``start_round`` it is gone.
     """
 
     def __init__(self, sender: Sender, settings: ErrorFeedback) -> None:
         super().__init__(sender)
         self._settings = settings
+        self._period = self._staged = 0  # whole periods of ``reset_every`` until the last round
 
     def stage(self, given: Tensor, at: Round) -> Message:
         """See ``Method``."""
+        self._staged = at.version // self._settings.reset_every if self._settings.reset_every else 0
         return self.sender.stage(given.mul_(at.weight), at.sequence, self._rule(at.version), at.compressors)
+
+    def commit(self) -> None:
+        """See ``Method``."""
+        super().commit()
+        self._period = self._staged
 
     def _rule(self, version: int) -> Carry:
         settings = self._settings
         if version < settings.start_round:
             return Dropped()
-        reset = settings.reset_every is not None and version > 0 and version % settings.reset_every == 0
+        reset = self._staged > self._period  # a worker need not take part in the very round at which a period begins
         return Owed(settings.strength.at(version), 0.0 if reset else settings.decay, settings.clip)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from protocol.carry import OWED, Carry, Kept, Send
+from protocol.carry import OWED, Carry, Kept, Send, square
 from protocol.compressors import Norms
 from protocol.residual import Operands, Residual
 from protocol.sender import Message, Sender
@@ -35,7 +35,7 @@ class Ef21(Method):
 
     Ledger: given nothing, since a gradient is no debt; the memory holds ``-g_k``, so that sent + memory = 0
     says that worker and server have the same estimate; a replaced estimate is discarded. A refused message,
-    and a round without an optimizer step, leave ``g_k`` as it was.
+    and a round without an optimizer step, leave ``g_k`` as it was; the first estimate is that of the first step.
     """
 
     carries = False
@@ -44,17 +44,19 @@ class Ef21(Method):
         super().__init__(sender)
         self._settings = settings
         rule: Carry = Nearer() if settings.kind == "ef21_plus" else Estimate()
-        self._rules = [rule if place.entry.role == "parameter" else OWED for place in sender.layout.segments]
+        trained = [place.entry.role == "parameter" for place in sender.layout.segments]
+        self._rules: list[Carry] = [rule if one else OWED for one in trained]
+        self._still: list[Carry] = [Estimate() if one else OWED for one in trained]  # no gradient to be nearer to
         self._full = tuple(compressor("none") for _ in sender.layout.segments)
         self._average: Tensor | None = None  # v_k
         self._staged: Tensor | None = None
-        self._begun = False
+        self._begun = self._begins = False  # whether the server has a first estimate, and will have
 
     def stage(self, given: Tensor, at: Round) -> Message:
         """See ``Method``."""
         trained = self.sender.layout.trainable
         given[trained:].mul_(at.weight)
-        self._staged = self._average
+        self._staged, self._begins = self._average, self._begun or not at.skipped
         if at.skipped:
             given[:trained].zero_()
             self.sender.subtract_residual(given[:trained])  # the gradient is what it is estimated to be
@@ -64,12 +66,12 @@ class Ef21(Method):
             gradient.copy_(self._staged)
         first = not self._begun and self._settings.initial == "full"
         compressors = self._full if first else at.compressors
-        return self.sender.stage(given, at.sequence, self._rules, compressors)
+        return self.sender.stage(given, at.sequence, self._still if at.skipped else self._rules, compressors)
 
     def commit(self) -> None:
         """See ``Method``."""
         super().commit()
-        self._average, self._begun = self._staged, True
+        self._average, self._begun = self._staged, self._begins
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Estimate:
         encoded = send(operands, norms)
         left = memory.copy(number)
         encoded.update.subtract_from(left)  # as the server adds, so that both have the same bits
-        return Kept(encoded, left)
+        return Kept(encoded, left, beside=square(left))
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Nearer:
             left = torch.zeros_like(given)
             direct.update.subtract_from(left)
             assert kept.left is not None
-            kept = Kept(direct, kept.left.copy_(left), discarded=old, replaces=True)
+            kept = Kept(direct, kept.left.copy_(left), discarded=old, replaces=True, beside=square(left))
         norms.before += chosen.before
         norms.sent += chosen.sent
         norms.left += chosen.left

@@ -21,7 +21,7 @@ class Round:
         sequence: number of the message.
         weight: ``a_k``, this worker's share.
         workers: how many take part.
-        skipped: the optimizer did not step, so there is no gradient (``send: gradient``).
+        skipped: the optimizer did not step in this round, so there is no gradient and nothing was learnt.
         compressors: for this round, one a segment.
     """
 
