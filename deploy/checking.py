@@ -49,9 +49,10 @@ def describe(settings: RunSettings, train: Callable[..., Any]) -> str:
     The training function runs up to ``session.prepare`` and no further.
 
     Raises:
-        SettingsError: the function never calls ``session.prepare``.
+        SettingsError: the function never calls ``session.prepare``, or the server's optimizer does not suit its model.
     """
     layout = _layout(settings, train)
+    settings.server.optimizer.of(layout)
     itemsize = torch.finfo(layout.dtype).bits // 8
     up, outer, down = (
         _frame_bytes(layout, compressors_for(layout, spec, settings.overrides), direction)

@@ -74,6 +74,7 @@ def plans(settings: RunSettings) -> tuple[Plan, list[WorkerPlan]]:
             federated=settings.federated,
             asynchronous=settings.server.mode == "async",
             adaptive=settings.budget is not None,
+            count=len(ids),
             arguments=settings.arguments,
             **common,  # type: ignore[arg-type]
         )

@@ -50,12 +50,15 @@ class Sum:
 class TorchOptimizer:
     """Any ``torch.optim`` class, stepped on the true model with the sum as its gradient.
 
-    Buffers of the model are not optimized: for them the sum is the step.
+    Buffers of the model are not optimized, nor are control variates: for them the sum is the step.
 
     Args:
         kind: class path such as ``torch.optim.SGD``.
         groups: one dict a parameter group: ``params`` (names of layout entries) and options.
         options: of all groups.
+
+    Raises:
+        SettingsError: there is no such class, it does not take these options or parameters, or cannot step here.
     """
 
     needs_model = True
@@ -94,15 +97,41 @@ class TorchOptimizer:
 def build(kind: str, groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
     """The optimizer; torch checks ``options``, but takes whatever it finds in groups.
 
+    A twin of it with one element a parameter takes a step first, so that what cannot step here fails now and not in
+    the middle of a run: optimizers that want a closure (LBFGS) or sparse gradients (SparseAdam).
+
     Raises:
-        SettingsError: there is no such class, or it does not take these options.
+        SettingsError: there is no such class, it does not take these options or parameters, or cannot step here.
     """
     found = optimizer_class(kind)
+    twins = [{**group, "params": [_tiny(p) for p in group["params"]]} for group in groups]
     try:
         optimizer: torch.optim.Optimizer = found(groups, **options)
-    except (TypeError, ValueError) as error:
-        raise SettingsError(f"the server's optimizer {kind!r} does not take these options: {error}") from None
+        twin = found(twins, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SettingsError(
+            f"the server's optimizer {kind!r} does not take these options and tensors: {_first(error)}"
+        ) from None
+    try:
+        twin.step()
+    except Exception as error:  # whatever a class of anyone's raises
+        raise SettingsError(
+            f"the server's optimizer {kind!r} cannot step where gradients are dense and there is no closure: "
+            f"{_first(error)}"
+        ) from None
     return optimizer
+
+
+def _tiny(parameter: Tensor) -> torch.nn.Parameter:
+    """One element with as many dimensions, and a gradient."""
+    twin = torch.nn.Parameter(torch.ones((1,) * parameter.dim(), dtype=parameter.dtype))
+    twin.grad = torch.ones_like(twin)
+    return twin
+
+
+def _first(error: Exception) -> str:
+    """The first line of an error's text."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def optimizer_class(kind: str) -> Any:

@@ -8,7 +8,7 @@ from protocol.errors import Refused
 from protocol.layout import Layout
 from protocol.messages import Join
 from protocol.settings import Budget, Schedule
-from ps.optimizer import ServerOptimizer, Sum, TorchOptimizer
+from ps.optimizer import ServerOptimizer, TorchOptimizer
 from ps.settings import ServerSettings
 
 
@@ -57,8 +57,4 @@ def optimizer_for(plan: Plan, layout: Layout, first: Join) -> ServerOptimizer:
         if first.optimizer is None:
             raise Refused("frame", f"worker {first.worker} has not said which optimizer the server shall run")
         return TorchOptimizer(layout, first.optimizer["kind"], first.optimizer["groups"])
-    settings = plan.server.optimizer
-    if settings.kind == "sum":
-        return Sum()
-    names = [s.entry.name for s in layout.tensors if s.entry.role == "parameter"]
-    return TorchOptimizer(layout, settings.kind, [{"params": names}], **settings.options)
+    return plan.server.optimizer.of(layout)

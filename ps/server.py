@@ -215,7 +215,7 @@ class Server:
         joining = {} if last else self._membership.samples()
         stay = {worker: count for worker, count in state.samples.items() if worker not in leaving}
         samples = stay | joining
-        weights = shares(samples) if samples.keys() != state.weights.keys() else None
+        weights = None if (found := shares(samples)) == state.weights else found
         final = last or weights == {}
         relayed = [one.message for one in pending.values() if one.message.relayed]
         self._measure_mismatch(state, pushes, relayed)

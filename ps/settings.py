@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+from protocol.errors import SettingsError
+from protocol.layout import Layout
 from protocol.residual import Memory
 from protocol.settings import Strict
-from ps.optimizer import build
+from ps.optimizer import ServerOptimizer, Sum, TorchOptimizer, build
 
 
 class OptimizerSettings(BaseModel):
@@ -25,10 +28,27 @@ class OptimizerSettings(BaseModel):
         """What is passed to the class beside the parameters."""
         return dict(self.model_extra or {})
 
+    def of(self, layout: Layout) -> ServerOptimizer:
+        """The optimizer for a model.
+
+        Raises:
+            SettingsError: it cannot step on the model's parameters, as Muon cannot on a bias.
+        """
+        if self.kind == "sum":
+            return Sum()
+        names = [place.entry.name for place in layout.tensors if place.entry.role == "parameter"]
+        return TorchOptimizer(layout, self.kind, [{"params": names}], **self.options)
+
     @model_validator(mode="after")
-    def _torch_takes_them(self) -> Self:
+    def _works_for_some_model(self) -> Self:
         if self.kind != "sum":
-            build(self.kind, [{"params": [torch.nn.Parameter(torch.zeros(1))]}], self.options)
+            try:
+                build(self.kind, [{"params": [torch.nn.Parameter(torch.zeros(1))]}], self.options)
+            except SettingsError as error:
+                with suppress(SettingsError):  # some are for matrices alone
+                    build(self.kind, [{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}], self.options)
+                    return self
+                raise error
         return self
 
 

@@ -21,6 +21,35 @@ class StatefulOptimizerWarning(UserWarning):
     """A local optimizer's state sees only local, compressed history."""
 
 
+class AroundStep:
+    """Calls ``before`` and ``after`` around every step of an optimizer.
+
+    Once, also where a class of the user's calls its parent's ``step``: torch hooks both.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, before: Callable[..., None], after: Callable[..., None] | None = None
+    ) -> None:
+        self._before, self._after = before, after
+        self._depth = 0
+        optimizer.register_step_pre_hook(self._enter)
+        optimizer.register_step_post_hook(self._leave)
+
+    def reset(self) -> None:
+        """A round begins; a step that raised had no end."""
+        self._depth = 0
+
+    def _enter(self, *given: Any) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            self._before(*given)
+
+    def _leave(self, *given: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0 and self._after is not None:
+            self._after(*given)
+
+
 class StepCounter:
     """Counts the optimizer steps that happen, which a GradScaler may skip.
 
@@ -32,8 +61,7 @@ class StepCounter:
         self.factor = 1.0
         self._count = 0
         self._rates: list[Any] = []
-        optimizer.register_step_pre_hook(self._begin)
-        optimizer.register_step_post_hook(self._stepped)
+        self._around = AroundStep(optimizer, self._begin, self._stepped)
 
     def _begin(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self.factor != 1.0:
@@ -49,6 +77,7 @@ class StepCounter:
 
     def take(self) -> int:
         """The steps since the last call."""
+        self._around.reset()
         count, self._count = self._count, 0
         return count
 

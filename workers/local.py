@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from protocol.errors import SettingsError
 from protocol.layout import Layout
+from workers.hooks import AroundStep
 from workers.replica import Replica
 
 
@@ -21,7 +23,10 @@ class LocalSteps:
     Federated Learning", ICML 2020, Algorithm 1): the step goes along ``g - c_k + c``, and after H steps ``c_k'`` is
     the mean of the ``g``. For plain SGD that is option II of line 12, ``c_k - c + (y - y') / (H lr)``, and it needs
     neither the learning rate nor plain SGD. ``c`` is part of the replica (``control`` entries of the layout), so it
-    moves by ``sum_k a_k (c_k' - c_k)``, compressed both ways with error feedback like everything else.
+    moves by ``sum_k a_k (c_k' - c_k)``, compressed both ways with error feedback like everything else. Differences
+    from the paper: ``g`` is the gradient after clipping and without the optimizer's weight decay, which is the same
+    for all; ``c`` is the sum of what the workers have brought in, each by its weight then, so that a worker whose
+    weight changes corrects its part with its next update, and one that leaves takes its part out again.
 
     Args:
         optimizer: the user's; its gradients are altered in place.
@@ -38,17 +43,24 @@ class LocalSteps:
         self._own = _controls(layout, layout.zeros(replica.device)).clone() if controls else None  # c_k
         self._sum = torch.zeros(trained, dtype=layout.dtype, device=replica.device) if controls else None
         self._steps = 0
-        if proximal or controls:
-            optimizer.register_step_pre_hook(self._correct)
+        self._brought = self._weight = 0.0  # a_k with which c_k is in c, and in this round
+        self._around = AroundStep(optimizer, self._correct) if proximal or controls else None
 
-    def begin(self, start: Tensor) -> None:
-        """A round begins at ``start``, shape ``(layout.numel,)``."""
-        self._start, self._steps = start, 0
+    def begin(self, start: Tensor, weight: float) -> None:
+        """A round begins at ``start``, shape ``(layout.numel,)``; ``weight`` is ``a_k`` among all members."""
+        self._start, self._steps, self._weight = start, 0, weight
+        if self._around is not None:
+            self._around.reset()
         if self._sum is not None:
             self._sum.zero_()
 
     @torch.no_grad()
-    def _correct(self, *_: Any) -> None:
+    def _correct(self, _: torch.optim.Optimizer, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if any(closure is not None for closure in (*given[1:], options.get("closure"))):
+            raise SettingsError(
+                "optimizer.step got a closure, whose gradients federated.proximal and federated.control_variates "
+                "cannot correct; call backward before optimizer.step()"
+            )
         shared = _controls(self._replica.layout, self._replica.w) if self._own is not None else None
         for place, (_name, parameter) in zip(self._places, self._replica.trained(), strict=True):
             if parameter.grad is None:
@@ -68,19 +80,24 @@ class LocalSteps:
         """Write ``c_k - c_k'`` to the control entries of an update, which the server subtracts.
 
         Args:
-            present: the share of all weight that takes part; the weights that will be applied are of that.
+            present: the share of all weight that takes part; the weight that will be applied is ``a_k`` of that.
         """
         if self._own is None or self._sum is None:
             return
         part = _controls(self._replica.layout, given)
         part.zero_()
         if self._steps:
-            part.copy_((self._own - self._sum / self._steps) * present)
+            part.copy_((self._own * (self._brought / self._weight) - self._sum / self._steps) * present)
 
     def commit(self) -> None:
-        """The server has taken the update: ``c_k'`` counts."""
+        """The server has the update, or will get it from the residual: ``c_k'`` counts."""
         if self._own is not None and self._sum is not None and self._steps:
-            self._own = self._sum / self._steps
+            self._own, self._brought = self._sum / self._steps, self._weight
+
+    def withdraw(self, handed: Tensor) -> None:
+        """Add to a hand-over, shape ``(layout.numel,)``, what takes this worker's part out of ``c``."""
+        if self._own is not None:
+            _controls(self._replica.layout, handed).add_(self._own, alpha=self._brought)
 
 
 def _controls(layout: Layout, vector: Tensor) -> Tensor:

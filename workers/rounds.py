@@ -23,7 +23,7 @@ from protocol.settings import Schedule
 from protocol.spec import compressor
 from workers import statistics
 from workers.batches import seed_of
-from workers.exchange import Exchange, News, Transport
+from workers.exchange import Bodies, Exchange, News, Transport
 from workers.feedback import Round, feedback_for
 from workers.hooks import GradientCapture, StepCounter, check_optimizer, refuse_momentum
 from workers.local import LocalSteps
@@ -37,6 +37,7 @@ class WorkerPlan:
 
     Attributes:
         worker: id, which never changes.
+        count: of the workers that the run begins with.
         founder: this worker's model is version 0.
         send: ``difference`` or ``gradient``.
         uplink: compressor specification.
@@ -63,6 +64,7 @@ class WorkerPlan:
     federated: FederatedSettings = FederatedSettings()
     asynchronous: bool = False
     adaptive: bool = False
+    count: int = 1
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -145,7 +147,7 @@ class Rounds:
         sketched = self._due and self.method.carries
         self._sketch = energies.pack_sketch(self.method.sender.sketch()) if sketched else b""
         self._start = self.replica.show(self.method.start(self.replica.w, self._weight()))
-        self._local.begin(self._start)
+        self._local.begin(self._start, self.weights[self._plan.worker])
         self._steps.take()
         self._steps.factor = self._plan.schedule.learning_rate_factor(self.version)
         self._begun = self._clock()
@@ -188,6 +190,8 @@ class Rounds:
             )
         except Refused as refusal:
             self.method.refuse()
+            if self.method.carries:
+                self._local.commit()
             if not (self._plan.asynchronous and refusal.reason == "finished"):
                 raise
             news = self._exchange.pull(self.version)  # others were faster; the update stays in the residual
@@ -208,8 +212,13 @@ class Rounds:
 
     def leave(self, cause: str) -> None:
         """Leave the run before its end and hand over the residual, which enters the next fold."""
-        owed = [pack_exact(part.cpu().numpy()) for _, part in self.method.sender.parts()] if self.method.carries else ()
-        self._exchange.leave(cause, tuple(owed))
+        layout, federated = self.replica.layout, self._plan.federated
+        bodies: Bodies = ()
+        if self.method.carries or federated.control_variates:
+            handed = self.method.sender.residual.clone() if self.method.carries else layout.zeros(self.replica.device)
+            self._local.withdraw(handed)
+            bodies = tuple(pack_exact(handed[place.start : place.stop].cpu().numpy()) for place in layout.segments)
+        self._exchange.leave(cause, bodies)
         self.finished = True
 
     # -- inside ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from protocol import snapshot
 from protocol.errors import SettingsError
-from workers.batches import Collate, Samples, seed_everything, to_device
+from workers.batches import Collate, Samples, seed_everything, seed_of, to_device
 from workers.exchange import Transport
 from workers.hooks import warn_if_stateful
 from workers.rounds import Rounds, WorkerPlan
@@ -55,6 +55,16 @@ class Session:
     def finished(self) -> bool:
         """Whether the run has ended for this worker."""
         return self._rounds is not None and self._rounds.finished
+
+    @property
+    def worker(self) -> int:
+        """Id of this worker, from 0; it never changes, and is known before ``prepare``: the number of its own data."""
+        return self._plan.worker
+
+    @property
+    def workers(self) -> int:
+        """How many workers the run began with, ``workers.count``; one that joins late has an id from there on."""
+        return self._plan.count
 
     @property
     def conservation_error(self) -> float:
@@ -122,7 +132,8 @@ class Session:
         """Batches for this worker until the run has done its rounds; drives the rounds.
 
         A round is ``local_steps * accumulate`` batches. Which samples a batch holds depends only on
-        the seed, the samples consumed so far, the rank and the step. Before each batch Python, numpy
+        the seed, the samples consumed so far, the rank and the step; if the data set is this worker's own, on
+        the seed, the worker and the samples that it has consumed itself. Before each batch Python, numpy
         and torch are seeded from (seed, version, step, rank). Tensors arrive on ``device``.
 
         Args:
@@ -130,7 +141,7 @@ class Session:
             batch_size: samples a batch, before ``schedule.batch``.
             collate: makes a batch of a list of samples; by default torch's ``default_collate``.
             shared: all workers have the same data set and divide it; False: it is this worker's own.
-            indices: yield ``(batch, indices)``, where the indices say which samples of the data set these are:
+            indices: yield ``(batch, indices)``, where the indices say which samples of ``dataset`` these are:
                 int64, shape ``(batch_size,)``, on the CPU; for memories of one's own by sample.
 
         Raises:
@@ -140,7 +151,8 @@ class Session:
             Refused: the server did not take the update.
         """
         rounds, plan = self._running("batches"), self._plan
-        samples = Samples(dataset, batch_size, plan.seed, collate)
+        seed = plan.seed if shared else seed_of(plan.seed, "own", plan.worker)
+        samples = Samples(dataset, batch_size, seed, collate)
         steps = plan.local_steps * plan.accumulate
         if self._taken:  # an earlier loop was left by a break
             if self._taken < steps:

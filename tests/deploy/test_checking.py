@@ -40,5 +40,11 @@ def test_memory_depends_on_how_each_side_keeps_its_residual(memory):
     assert memories(server={"residual": memory}) == [whole, most + compact]
 
 
+def test_control_variates_double_what_is_exchanged_and_a_worker_keeps_its_own_and_the_sum_for_the_next():
+    both = 2 * SIZE
+    expected = [bytes_text(3 * both + 2 * both + 2 * SIZE), bytes_text(2 * both + 2 * both)]
+    assert memories(federated={"control_variates": True}) == expected
+
+
 def test_a_worker_without_feedback_keeps_no_residual():
     assert memories(feedback={"kind": "none"})[0] == bytes_text(3 * SIZE)

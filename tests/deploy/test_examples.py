@@ -52,3 +52,15 @@ def test_fashion_mnist_trains_from_its_idx_files(tmp_path):
 def test_a_missing_data_folder_is_named_with_the_setting(tmp_path):
     with pytest.raises(RunFailed, match=r"nowhere/train-images-idx3-ubyte\.gz does not exist; set arguments\.folder"):
         run("fashion_mnist.yaml", tmp_path, "arguments.folder=nowhere", "rounds=1")
+
+
+@pytest.mark.parametrize("partition", ["by_label", "iid"])
+def test_federated_digits_trains_on_parts_of_other_kinds_too(tmp_path, partition):
+    summary, rows = run("federated_digits.yaml", tmp_path, "rounds=2", f"arguments.partition={partition}")
+    assert (len(rows), summary["workers"]) == (2, 8)
+    assert 0 < summary["reported"]["accuracy"] < 100
+
+
+def test_a_partition_that_is_none_is_named_with_those_that_are(tmp_path):
+    with pytest.raises(RunFailed, match=r"arguments\.partition is 'even'; valid are dirichlet, by_label and iid"):
+        run("federated_digits.yaml", tmp_path, "rounds=1", "arguments.partition=even")

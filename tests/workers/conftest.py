@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import TensorDataset
 
 import deploy.report  # noqa: F401  (imported when a run ends; here its plots are left out)
 from deploy import launch
@@ -138,3 +142,82 @@ def inline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inline:
     for module in [m for name, m in sys.modules.items() if name.startswith("deploy.") and hasattr(m, "write_report")]:
         monkeypatch.setattr(module, "write_report", lambda paths: None)
     return runs
+
+
+class Clients:
+    """Workers with a least-squares problem of their own each, in float64; batches are whole parts: gradients are known.
+
+    Args:
+        sizes: samples of each worker.
+        numel: parameters; the last is a tensor of its own.
+
+    Attributes:
+        w: the replica by version, as every worker saw it at the beginning of its rounds and at the end.
+    """
+
+    def __init__(self, sizes: Sequence[int], numel: int = 7) -> None:
+        random = torch.Generator().manual_seed(len(sizes))
+        draw = partial(torch.randn, generator=random, dtype=torch.float64)
+        self.sizes, self.numel = tuple(sizes), numel
+        self.x = [draw(n, numel - 1) * (0.5 + k / len(sizes)) for k, n in enumerate(sizes)]  # curvatures differ
+        self.y = [draw(n, 1) + 3 * draw(1) for n in sizes]  # and so do the optima
+        self.w: dict[int, list[Tensor]] = defaultdict(list)
+
+    def gradient(self, worker: int, at: Tensor) -> Tensor:
+        """Of the worker's mean squared error; shape ``(numel,)``."""
+        x = torch.cat([self.x[worker], torch.ones(self.sizes[worker], 1, dtype=torch.float64)], 1)
+        return 2 / self.sizes[worker] * x.T @ (x @ at - self.y[worker][:, 0])
+
+    def optimum(self, weights: Mapping[int, float]) -> Tensor:
+        """Of the weighted sum of the workers' errors."""
+        eye = torch.eye(self.numel, dtype=torch.float64)
+        zero = torch.zeros(self.numel, dtype=torch.float64)
+        at_zero = sum(a * self.gradient(k, zero) for k, a in weights.items())
+        curvature = sum(
+            a * torch.stack([self.gradient(k, row) - self.gradient(k, zero) for row in eye]) for k, a in weights.items()
+        )
+        return torch.linalg.solve(curvature, -at_zero)
+
+    def shares(self, workers: Iterable[int]) -> dict[int, float]:
+        """FedAvg's weights of these workers."""
+        workers = tuple(workers)
+        return {k: self.sizes[k] / sum(self.sizes[j] for j in workers) for k in workers}
+
+    def train(
+        self,
+        lr: float = 0.05,
+        samples: Sequence[int | None] | None = None,
+        each: Callable[[Session, nn.Module], Any] = lambda session, model: None,
+        make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+    ) -> Callable[[Session], None]:
+        """A training function; ``each`` is called before every step, and ends it for the worker if it returns True."""
+
+        def train(session: Session) -> None:
+            k = session.worker
+            model = nn.Linear(self.numel - 1, 1, dtype=torch.float64)
+            nn.init.zeros_(model.weight)
+            nn.init.zeros_(model.bias)
+            optimizer = make(model.parameters(), lr=lr)
+            session.prepare(model, optimizer, samples=(samples or self.sizes)[k])
+            for x, y in session.batches(TensorDataset(self.x[k], self.y[k]), self.sizes[k], shared=False):
+                self.w[session.version].append(session._rounds.replica.w.clone())
+                if each(session, model):
+                    return
+                optimizer.zero_grad()
+                mse_loss(model(x), y).backward()
+                optimizer.step()
+            self.w[session.version].append(session._rounds.replica.w.clone())
+
+        return train
+
+    def replicas(self) -> list[Tensor]:
+        """``w`` of versions 0, 1, ..., of which all who saw it saw the same bits."""
+        for seen in self.w.values():
+            assert all(torch.equal(seen[0], other) for other in seen)
+        return [self.w[version][0] for version in range(max(self.w) + 1)]
+
+
+@pytest.fixture
+def clients() -> type[Clients]:
+    """See ``Clients``."""
+    return Clients

@@ -254,7 +254,7 @@ def test_an_asynchronous_run_learns_more_in_each_round_of_the_slow_worker(inline
 
 def test_a_server_whose_step_is_not_finite_fails_the_run_of_those_who_are_behind_as_well(inline):
     """Everyone is refused with ``finished``, which must not pass for a good end."""
-    settings = {"kind": "torch.optim.SGD", "lr": 1e300}
+    settings = {"kind": "torch.optim.SGD", "lr": 1e38}
 
     def train(session):
         inline.order = Slow(5)
