@@ -6,6 +6,7 @@ from pathlib import Path
 
 from protocol import messages
 from protocol.coding import indices
+from protocol.halves import Activations, Gradients
 from protocol.messages import Average, Entry, Farewell, Join, Leave, Mean, Pull, Push, Refusal, Welcome
 from protocol.segment import ALL, KEYED, NOTHING, PRODUCT
 from protocol.values import BY_ID
@@ -34,7 +35,8 @@ def test_the_document_lists_every_message_with_its_kind_and_its_keys():
         rows = re.findall(r"^\| (\d+) \| (\w+) \|", part, re.MULTILINE)
         found[name] = int(kind), {field: int(key) for key, field in rows}
     expected = {}
-    for message in (Join, Welcome, Push, Entry, Average, Mean, Refusal, Leave, Farewell, Pull):
+    between = (Activations, Gradients)
+    for message in (Join, Welcome, Push, Entry, Average, Mean, Refusal, Leave, Farewell, Pull, *between):
         fields = {f.name: f.metadata["key"] for f in dataclasses.fields(message) if "key" in f.metadata}
         expected[message.__name__] = message.KIND, fields
     assert found == expected

@@ -28,7 +28,8 @@ _spec.loader.exec_module(reader)
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from protocol import Layout, compressor, messages, snapshot, wire  # noqa: E402
+from protocol import Layout, compressor, halves, messages, snapshot, wire  # noqa: E402
+from protocol.halves import Activations, Gradients, pack_numbers  # noqa: E402
 from protocol.layout import Entry as Tensor  # noqa: E402
 from protocol.messages import (  # noqa: E402
     Average,
@@ -82,7 +83,8 @@ def same_values(found, expected):
 
 def decoded_here(frame, expected):
     """What this package reads in a frame."""
-    parts, message = wire.unpack(frame), messages.parse(frame)
+    parts = wire.unpack(frame)
+    message = (halves if parts.kind >= 64 else messages).parse(frame)
     bodies = []
     for body, known in zip(message.bodies, expected["bodies"], strict=True):
         if "raw" in known:
@@ -102,6 +104,7 @@ def decoded_here(frame, expected):
 
 
 KINDS = ("Join", "Welcome", "Push", "Entry", "Average", "Mean", "Refusal", "Leave", "Farewell")
+HALVES = ("Activations", "Gradients")  # from 64 on
 
 
 def decoded_elsewhere(data, expected):
@@ -111,7 +114,8 @@ def decoded_elsewhere(data, expected):
         {"raw": body.hex()} if "raw" in known else reader.read_segment(body)
         for body, known in zip(bodies, expected["bodies"], strict=True)
     ]
-    return {"message": KINDS[kind - 1], "layout": layout.hex(), "fields": plain(fields), "bodies": read}
+    name = HALVES[kind - 64] if kind >= 64 else KINDS[kind - 1]
+    return {"message": name, "layout": layout.hex(), "fields": plain(fields), "bodies": read}
 
 
 # -- the frames that are there ----------------------------------------------------------------------
@@ -152,7 +156,7 @@ def test_every_golden_frame_is_listed_and_no_other_file_is_there():
 
 def test_the_golden_frames_cover_every_message_and_every_code():
     frames = known_frames()
-    assert {frame["message"] for frame in frames.values()} == set(KINDS)
+    assert {frame["message"] for frame in frames.values()} == {*KINDS, *HALVES}
     heads = set()
     for name, frame in frames.items():
         for body, known in zip(reader.read_frame(load(name))[3], frame["bodies"], strict=True):
@@ -327,6 +331,11 @@ def new_frames():
         "leave": Leave(3, "spot", bodies=exact, **at),
         "leave_without_residual": Leave(3, "not_finite", **at),
         "farewell": Farewell(8, **at),
+        "activations": Activations(
+            7, 3, "bfloat16", pack_numbers(np.array([41, 3, 1436]), 1437), bytes([0b010]), bodies=pair, **at
+        ),
+        "activations_plain": Activations(8, 2, awaited=False, bodies=exact[:1], **at),
+        "gradients": Gradients(7, bytes([0b101]), bodies=pair[:1], **at),
     }
 
 
