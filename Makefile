@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help train test test-faults check format bench figures clean
+.PHONY: help train test test-faults test-papers check format bench figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -21,10 +21,13 @@ train: $(READY)  ## train examples/digits.yaml with 4 workers
 	@$(BIN)/carryover train examples/digits.yaml
 
 test: $(READY)  ## run the tests (ten minutes on two cores at most)
-	@$(BIN)/pytest -m "not faults"
+	@$(BIN)/pytest -m "not faults and not papers"
 
 test-faults: $(READY)  ## run the tests that kill processes or need root, a browser or a server
 	@$(BIN)/pytest -m faults
+
+test-papers: $(READY)  ## run the experiments of papers on real data (six minutes on two quiet cores)
+	@$(BIN)/pytest -m papers
 
 check: $(READY)  ## formatting, linting and types
 	@$(BIN)/ruff format --check .

@@ -158,8 +158,9 @@ def _refuse_unlike(vector: Tensor, **others: Tensor | None) -> None:
             )
         if (tensor.shape, tensor.dtype, tensor.device) != (vector.shape, vector.dtype, vector.device):
             raise ValueError(f"{name} is not of the shape, dtype and device of the vector")
-    for name, tensor in tensors.items():
-        if any(0 < abs(tensor.data_ptr() - other.data_ptr()) < tensor.nbytes for other in tensors.values()):
+    starts = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    for name, start in starts.items():
+        if any(0 < abs(start - other) < vector.nbytes for other in starts.values()):
             raise ValueError(f"{name} overlaps another argument in part; valid is the same memory, or other memory")
 
 
