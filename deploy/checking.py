@@ -16,7 +16,6 @@ from protocol.errors import SettingsError
 from protocol.layout import Layout
 from protocol.messages import STATISTICS_LIMIT, Entry, Push
 from protocol.residual import Memory, footprint
-from protocol.sampling import participants
 from protocol.spec import compressors_for
 from workers import Session
 from workers.replica import Replica
@@ -59,7 +58,7 @@ def describe(settings: RunSettings, train: Callable[..., Any]) -> str:
         for spec, direction in ((settings.uplink, "up"), (settings.relays.uplink, "up"), (settings.downlink, "down"))
     )
     dense = 4 * layout.trainable
-    taking = len(participants(range(settings.workers.count), settings.federated.participation, settings.seed, 0))
+    taking = plans(settings)[0].pushes
     senders, sent = (settings.relays.count, outer) if settings.relays.count else (taking, up)
     receivers = settings.relays.count or settings.workers.count
     carries = settings.feedback.kind != "none"

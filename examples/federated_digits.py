@@ -1,9 +1,10 @@
 """Digits that are divided unevenly: each worker trains on its own part of scikit-learn's images, as phones would.
 
 What it shows: with ten local steps a round on parts of few labels each, plain averaging (FedAvg) is pulled apart;
-control variates (``federated.control_variates``, SCAFFOLD) mend most of it, compressed both ways like the model. The
-table with FedProx and FedAdam is in docs/algorithms.md. What it costs: control variates double the update's bytes, and
-two vectors of the model's size a worker. No file is needed; under a minute on two cores.
+control variates (``federated.control_variates``, SCAFFOLD) mend much of it, compressed both ways like the model: 96.7 %
+of the test images instead of 94.1 %, means of three seeds (docs/algorithms.md has the table, with FedProx and FedAdam).
+What it costs: twice the bytes an update, 26x below dense traffic instead of 49x, and two vectors of the model's size on
+each worker. No file is needed; under a minute on two cores.
 """
 
 import numpy as np

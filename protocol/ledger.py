@@ -42,7 +42,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.difference = np.zeros(COLUMNS)  # given - sent - discarded - rounded
-        self.scale = 0.0  # sum over rounds of |p|
+        self.scale = 0.0  # sum over rounds of |p|, and of what a rule added up beside it
         self.rounded = Rounding(np.zeros(COLUMNS), 0.0)
 
     def enter(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from protocol.errors import Refused
 from protocol.layout import Layout
 from protocol.messages import Join
+from protocol.sampling import participants
 from protocol.settings import Budget, Schedule
 from ps.optimizer import ServerOptimizer, TorchOptimizer
 from ps.settings import ServerSettings
@@ -44,6 +45,13 @@ class Plan:
     def buffer(self) -> int:
         """Pushes a fold in asynchronous mode."""
         return self.server.buffer or max(1, len(self.workers) // 4)
+
+    @property
+    def pushes(self) -> int:
+        """How many there are in a round while nobody joins or leaves."""
+        if self.server.mode == "async":
+            return self.buffer
+        return len(participants(self.workers, self.participation, self.seed, 0))
 
 
 def optimizer_for(plan: Plan, layout: Layout, first: Join) -> ServerOptimizer:

@@ -183,8 +183,8 @@ class Server:
         return self._close_if_complete(state)
 
     def _note_digest(self, state: ServerState) -> None:
-        """At the versions at which workers check their replicas."""
-        if state.version % self.plan.sketch_every == 0:
+        """At the versions at which workers check their replicas: asynchronous ones at any."""
+        if self._barrier.asynchronous or state.version % self.plan.sketch_every == 0:
             state.log.note(state.version, snapshot.digest(state.w))
 
     # -- closing a round -------------------------------------------------------------------------

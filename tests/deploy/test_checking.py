@@ -48,3 +48,21 @@ def test_control_variates_double_what_is_exchanged_and_a_worker_keeps_its_own_an
 
 def test_a_worker_without_feedback_keeps_no_residual():
     assert memories(feedback={"kind": "none"})[0] == bytes_text(3 * SIZE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "pushes"),
+    [
+        ({}, 8),
+        ({"federated": {"participation": 0.25}}, 2),
+        ({"server": {"mode": "async"}}, 2),
+        ({"server": {"mode": "async", "buffer": 5}}, 5),
+    ],
+)
+def test_the_servers_link_carries_the_pushes_of_a_round_and_an_entry_for_everyone(settings, pushes):
+    text = describe(validate({"train": "m:f", "workers": {"count": 8}, "uplink": "f32", **settings}), train)
+    sizes = [
+        int(size.replace(",", "")) for size in re.findall(r"^(?:update|answer), .*? ([\d,]+) bytes", text, re.MULTILINE)
+    ]
+    (link,) = re.findall(r"^server's link +(.*) a round$", text, re.MULTILINE)
+    assert link == f"{bytes_text(pushes * sizes[0])} in and {bytes_text(8 * sizes[1])} out"

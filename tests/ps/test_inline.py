@@ -141,3 +141,19 @@ def test_a_cancelled_run_ends_for_everyone_who_waits(rig):
     assert {worker for worker, _ in crew.errors} >= {0, 1}
     with pytest.raises(RunStopped):
         crew.shell.enter(0)
+
+
+def test_a_worker_of_a_cancelled_run_is_told_so_every_time_that_it_asks(rig):
+    shell, told = InlineServer(rig(workers=(0,)).server, (0,)), []
+    shell.cancel()
+
+    def ask():
+        for _ in range(2):
+            with pytest.raises(RunStopped):
+                shell.enter(0)
+            told.append(0)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert told == [0, 0]

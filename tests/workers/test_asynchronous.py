@@ -264,6 +264,7 @@ def test_a_server_whose_step_is_not_finite_fails_the_run_of_those_who_are_behind
         inline.train(train, rounds=50, server={**asynchronous(1), "optimizer": settings}, **FOUR, **LOSSY)
     assert inline.summary["status"] == "failed"
     assert inline.summary["rounds"] < 50
+    assert not any(session.finished for session in inline.sessions.values())
 
 
 def test_an_update_that_is_not_finite_fails_the_run_and_names_the_worker(inline):
@@ -305,28 +306,76 @@ def test_a_worker_that_leaves_hands_over_what_it_owes_and_the_others_go_on(inlin
     assert inline.server.state.weights == dict.fromkeys((1, 2, 3), 1 / 3)
 
 
+@pytest.mark.parametrize("worker", [0, 1])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"server": asynchronous(1)},
+        {"server": asynchronous(2, 3, a=1.0)},
+        {"federated": {"participation": 0.5}},
+        {},
+    ],
+    ids=["asynchronous", "bounded", "partial", "synchronous"],
+)
+def test_a_worker_that_has_lost_its_memory_joins_again_and_the_run_goes_on(inline, settings, worker):
+    died, back = [], []
+
+    def dies(session, model):
+        if session._plan.worker == worker and session.version > 5:
+            died.append(session.version)
+            raise Died
+
+    def follows(session, model):
+        assert torch.equal(session._rounds.replica.w, inline.server.state.w) or "server" in settings
+        back.append(session.version)
+
+    def train(session):
+        try:
+            loop(session, dies)
+        except Died:
+            session._rounds, session._taken, session._consumed = None, 0, 0
+            loop(session, follows)
+
+    inline.order = Slow(5)
+    inline.train(train, rounds=30, **settings, **FOUR, **LOSSY)
+    assert len(died) == 1
+    assert died[0] <= min(back) < 29
+    assert inline.summary["status"] == "finished"
+    assert set(inline.summary["rejected"]) <= {"finished"}
+    assert inline.server.vitals.joins == 4
+    assert len({session.fingerprint() for session in inline.sessions.values()}) == 1
+    assert inline.summary["conservation_error"] <= 4
+
+
+class Died(Exception):
+    """A worker's process ends here."""
+
+
 # -- checks ------------------------------------------------------------------------------------------
 
 
 def test_ledgers_and_replicas_are_checked_though_workers_skip_versions(inline):
-    every = {"metrics": {"port": None, "sketch_every": 10}}
-    seen = {}
+    seen, settings = [], {"server": asynchronous(1), "metrics": {"port": None, "sketch_every": 10}, **FOUR, **LOSSY}
 
-    def each(session, model):
-        seen.setdefault(session._plan.worker, []).append(session.version)
+    def tamper(session, model):
+        if session._plan.worker == 2:
+            seen.append(session.version)
+            if 20 < session.version < 25:
+                session._rounds.method.sender.residual[0] += 1.0
 
-    inline.train(partial(loop, each=each), rounds=60, server=asynchronous(1), **FOUR, **LOSSY, **every)
-    assert any(all(version % 10 for version in versions[1:]) for versions in seen.values()), "none of them is at one"
-    for worker in range(4):
-        assert Stat.CONSERVATION in inline.server.vitals.workers[worker].latest
+    inline.train(partial(loop, each=tamper), rounds=60, **settings)
+    assert all(version % 10 for version in seen[1:]), "it never is at a version at which a check is due"
+    assert Stat.CONSERVATION in inline.server.vitals.workers[2].latest
+    noticed = [row["version"] for row in inline.rows if row["conservation_error"] > 16]
+    assert 30 <= min(noticed) < 55
     assert inline.server.vitals.mismatch is not None
 
     def flip(session, model):
-        if (session._plan.worker, session.version > 30) == (1, True):
+        if session._plan.worker == 2 and session.version > 30:
             session._rounds.replica.w[0] += 1e-9
 
-    with pytest.raises(RunFailed, match=r"^the replica of worker 1 differs from the server's at version \d+$"):
-        inline.train(partial(loop, each=flip), rounds=60, server=asynchronous(1), **FOUR, **LOSSY, **every)
+    with pytest.raises(RunFailed, match=r"^the replica of worker 2 differs from the server's at version \d+$"):
+        inline.train(partial(loop, each=flip), rounds=60, **settings)
     assert inline.summary["replica_mismatches"] == 1
 
 
