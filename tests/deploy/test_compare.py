@@ -45,7 +45,10 @@ def test_a_variation_is_overrides_behind_a_label_or_without_one(text, label, ove
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--vary", "feedback.kind=efx"], ["--vary 'feedback.kind=efx': feedback.kind is efx", "none, ef, saef"]),
+        (
+            ["--vary", "feedback.kind=efx"],
+            ["--vary 'feedback.kind=efx': feedback.kind is efx", "none, ef, ef_momentum, saef"],
+        ),
         (["--vary", "a: rounds=2", "--vary", "b: roundz=2"], ["--vary 'b: roundz=2': roundz is not a setting"]),
         (["--vary", "sign"], ["--vary 'sign': 'sign' is not an override; valid is key=value"]),
         (["--vary", "a: "], ["--vary 'a: '", "valid is key=value, or LABEL: key=value"]),
@@ -324,6 +327,7 @@ def test_the_page_asks_no_host_for_anything_and_leads_to_the_reports(tmp_path):
 # -- whole comparisons, in processes -----------------------------------------------------------------------------------
 
 
+@pytest.mark.faults
 def test_fingerprints_do_not_depend_on_jobs_and_finished_runs_are_taken_over(carryover, project):
     command = ["compare", "run.yaml", "rounds=40", "seed=3", "--seeds", "2", "--target", "loss=0.1"]
     status, out, err = carryover(*command, "--jobs", "2")
@@ -362,6 +366,7 @@ def test_fingerprints_do_not_depend_on_jobs_and_finished_runs_are_taken_over(car
     assert len(set(prints[0])) == 2
 
 
+@pytest.mark.faults
 def test_a_run_that_fails_says_why_and_one_that_goes_on_stops_with_its_round_at_ctrl_c(project, capfd):
     ended, said = {}, []
 

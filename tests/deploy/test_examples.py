@@ -33,6 +33,7 @@ def test_digits_reaches_its_accuracy_at_220x_both_ways(tmp_path):
     assert summary["conservation_error"] <= 4
 
 
+@pytest.mark.papers
 def test_step_ahead_is_far_ahead_of_plain_feedback_at_one_in_a_thousand(tmp_path):
     def loss(kind):
         aggressive = ["uplink=topk:0.001+int4", "downlink=topk:0.001+int4", f"feedback.kind={kind}", "rounds=100"]

@@ -70,7 +70,7 @@ def test_without_compression_relays_change_the_model_by_rounding_alone(inline):
 
 def test_the_relays_residual_is_what_lets_hard_compression_converge(inline, monkeypatch):
     """The same run with a relay that forgets what it did not send stays far behind."""
-    hard = {**TWO, "rounds": 400, "relays": {"count": 2, "uplink": "topk:0.05"}}
+    hard = {**TWO, "rounds": 250, "relays": {"count": 2, "uplink": "topk:0.05"}}
     inline.train(train, **hard)
     with_residual = inline.summary["reported"]["loss"]
     fold = Total.fold
